@@ -1,0 +1,136 @@
+"""Chat templates: where they lie, and jinja2's sandbox with what templates expect in it."""
+
+import datetime
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from minigen.weights.errors import CheckpointError
+
+DEFAULT = "default"
+# Chosen by itself when tools are given, as transformers does.
+TOOL_USE = "tool_use"
+_DIRECTORIES = ("additional_chat_templates", "chat_templates")
+
+
+class GenerationBlock(Extension):
+    """`{% generation %}` marks an assistant's words for training masks; here it only renders."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it as an instance's
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_render"), [], [], body).set_lineno(line)
+
+    def _render(self, caller: Callable[[], str]) -> str:
+        return caller()
+
+
+class ChatTemplates:
+    """The named chat templates of one checkpoint, compiled when they are first used."""
+
+    def __init__(self, sources: Mapping[str, str], variables: Mapping[str, Any], where: Path):
+        self.sources = dict(sources)
+        self._variables = dict(variables)
+        self._where = where
+        self._compiled: dict[str, jinja2.Template] = {}
+        self._environment = _environment()
+
+    @classmethod
+    def from_dir(
+        cls, path: Path, tokenizer_config: Mapping[str, Any], variables: Mapping[str, Any]
+    ) -> "ChatTemplates":
+        """Templates of `tokenizer_config`, then of `chat_template.jinja`, then of the directories.
+
+        A later one replaces an earlier one of its name. `variables` are the special tokens by
+        their names (`bos_token`, …), which a template may use.
+        """
+        sources: dict[str, str] = {}
+        given = tokenizer_config.get("chat_template")
+        if isinstance(given, str):
+            sources[DEFAULT] = given
+        elif isinstance(given, list):
+            try:
+                sources.update({entry["name"]: entry["template"] for entry in given})
+            except (TypeError, KeyError):
+                raise CheckpointError(
+                    f"chat_template in {path / 'tokenizer_config.json'} is neither a string nor a "
+                    "list of objects with a name and a template"
+                ) from None
+        files = {DEFAULT: path / "chat_template.jinja"}
+        for directory in _DIRECTORIES:
+            files.update({file.stem: file for file in sorted((path / directory).glob("*.jinja"))})
+        for name, file in files.items():
+            if file.exists():
+                sources[name] = file.read_text(encoding="utf-8")
+        return cls(sources, variables, path)
+
+    def select(self, name: str | None = None, with_tools: bool = False) -> str:
+        """The name of the template to use; ValueError if there is none of that name."""
+        if not self.sources:
+            raise ValueError(f"{self._where} has no chat template")
+        if name is None:
+            name = TOOL_USE if with_tools and TOOL_USE in self.sources else DEFAULT
+            if name not in self.sources and len(self.sources) == 1:
+                name = next(iter(self.sources))
+        if name not in self.sources:
+            known = ", ".join(sorted(self.sources))
+            raise ValueError(f"{self._where} has no chat template {name!r}: it has {known}")
+        return name
+
+    def render(self, name: str, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
+        """The conversation as one text; ValueError with the template's own reason if it fails."""
+        try:
+            if name not in self._compiled:
+                self._compiled[name] = self._environment.from_string(self.sources[name])
+            return self._compiled[name].render(
+                messages=messages, **{**self._variables, **variables}
+            )
+        except jinja2.TemplateSyntaxError as error:
+            raise ValueError(
+                f"the chat template {name!r} of {self._where} is no valid jinja2 (line "
+                f"{error.lineno}): {error.message}"
+            ) from None
+        except Exception as error:  # a template is a program, it can fail in every way
+            raise ValueError(
+                f"the chat template {name!r} of {self._where} refuses this conversation: {error}"
+            ) from error
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # jinja2's own filter escapes <, >, & and ' for HTML, which a model was never trained on.
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(format: str) -> str:
+    return datetime.datetime.now().strftime(format)
