@@ -1,7 +1,7 @@
 """Attention of one sequence on the CPU, on torch's own vectorised and threaded kernels.
 
-Shapes: Q queries and L keys of one sequence, H query heads, K key/value heads, G = H / K query heads
-that share a key/value head, D head dim.
+Shapes: Q queries and L keys of one sequence, H query heads, K key/value heads, G = H / K query
+heads that share a key/value head, D head dim.
 """
 
 import torch

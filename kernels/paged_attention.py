@@ -2,7 +2,7 @@
 
 Shapes: T packed query tokens, S sequences, H query heads, K key/value heads, G = H / K query heads
 that share a key/value head, D head dim, N cache blocks, B tokens a block, W blocks a sequence may
-have (the block table's width), L keys of one sequence.
+have (the block table's width), L keys of one sequence, P parts its keys are split into.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from minigen.kernels.checks import (
+    Window,
     check_paged,
     read_block_tables,
     read_cu_seqlens,
@@ -18,6 +19,22 @@ from minigen.kernels.checks import (
     resolve_window,
 )
 from minigen.kernels.cpu import attend_sequence
+from minigen.kernels.tiles import (
+    Tile,
+    choose_tile,
+    find_sequence,
+    key_range,
+    on_device_of,
+    score_arguments,
+    shared_bytes_of,
+    softmax_finish,
+    softmax_step,
+    visible_keys,
+    window_arguments,
+)
+from minigen.kernels.triton_import import tl, triton
+
+MAX_SPLITS = 64  # the second kernel holds as many partial rows of D in registers
 
 
 def paged_attention(
@@ -116,7 +133,7 @@ def _cpu(
 
 
 def _gather(cache_NBKD: Tensor, blocks: list[int], num_keys: int) -> Tensor:
-    """The sequence's rows `[L, K, D]`: a view where its blocks lie in a row, as in a single chat."""
+    """The sequence's rows `[L, K, D]`: a view where its blocks are consecutive, as in one chat."""
     first = blocks[0] if blocks else 0
     if blocks == list(range(first, first + len(blocks))):
         return cache_NBKD[first : first + len(blocks)].flatten(0, 1)[:num_keys]
@@ -140,3 +157,286 @@ def _fake(
     check_paged(q_THD, k_cache_NBKD, v_cache_NBKD, cu_seqlens_q, kv_lens_S, block_table_SW, softcap)
     resolve_window(causal, window_size)
     return torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
+
+
+@_cpu.register_kernel("cuda")
+def _cuda(
+    q_THD: Tensor,
+    k_cache_NBKD: Tensor,
+    v_cache_NBKD: Tensor,
+    cu_seqlens_q: Tensor,
+    kv_lens_S: Tensor,
+    block_table_SW: Tensor,
+    scale: float | None,
+    window_size: Sequence[int],
+    softcap: float,
+    causal: bool,
+    validate: bool,
+) -> Tensor:
+    check_paged(q_THD, k_cache_NBKD, v_cache_NBKD, cu_seqlens_q, kv_lens_S, block_table_SW, softcap)
+    window = resolve_window(causal, window_size)
+    scale = resolve_scale(scale, q_THD.shape[2])
+    if validate:
+        num_blocks, block_size = k_cache_NBKD.shape[:2]
+        read_cu_seqlens(cu_seqlens_q, q_THD.shape[0], "cu_seqlens_q")
+        read_block_tables(kv_lens_S, block_table_SW, num_blocks, block_size)
+    return paged_attention_triton(
+        q_THD,
+        k_cache_NBKD,
+        v_cache_NBKD,
+        cu_seqlens_q,
+        kv_lens_S,
+        block_table_SW,
+        window=window,
+        scale=scale,
+        softcap=softcap,
+    )
+
+
+def choose_num_splits(
+    tile: Tile, num_seqs: int, num_tokens: int, num_kv_heads: int, most: int, num_sms: int
+) -> int:
+    """Programs a sequence's keys are divided among: a power of two that fills the GPU a few times.
+
+    Reckoned from what the host knows (`most`: tiles of keys that the block table's width can hold).
+    Programs that the real lengths leave without keys end at once.
+    """
+    blocks = max(num_tokens // tile.block_q, num_seqs)
+    wanted = min(4 * num_sms // (blocks * num_kv_heads), most, MAX_SPLITS)
+    return 1 << (max(wanted, 1).bit_length() - 1)
+
+
+def paged_attention_triton(
+    q_THD: Tensor,
+    k_cache_NBKD: Tensor,
+    v_cache_NBKD: Tensor,
+    cu_seqlens_q: Tensor,
+    kv_lens_S: Tensor,
+    block_table_SW: Tensor,
+    *,
+    window: Window,
+    scale: float,
+    softcap: float,
+    num_splits: int | None = None,
+) -> Tensor:
+    """Launches the kernels on checked arguments: on a GPU, or on the CPU in Triton's interpreter.
+
+    `num_splits` (a power of two up to 64) is chosen by size unless given.
+    """
+    if q_THD.stride(-1) != 1:
+        q_THD = q_THD.contiguous()
+    num_tokens, num_heads, head_dim = q_THD.shape
+    num_seqs, width = block_table_SW.shape
+    block_size, num_kv_heads = k_cache_NBKD.shape[1:3]
+    device = q_THD.device
+    out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=device)
+    if num_tokens == 0 or num_seqs == 0:
+        return out_THD
+    group = num_heads // num_kv_heads
+    tile = choose_tile(
+        -(-num_tokens // num_seqs), group, head_dim, q_THD.element_size(), shared_bytes_of(device)
+    )
+    if num_splits is None:
+        num_sms = (
+            torch.cuda.get_device_properties(device).multi_processor_count if q_THD.is_cuda else 1
+        )
+        most = -(-width * block_size // tile.block_n)
+        num_splits = choose_num_splits(tile, num_seqs, num_tokens, num_kv_heads, most, num_sms)
+
+    part_PTHD, lse_PTH = out_THD, out_THD  # not used without a split
+    if num_splits > 1:
+        rows = (num_splits, num_tokens, num_heads)
+        part_PTHD = torch.empty(*rows, head_dim, dtype=torch.float32, device=device)
+        lse_PTH = torch.empty(rows, dtype=torch.float32, device=device)
+    with on_device_of(q_THD):
+        paged_attention_kernel[(num_tokens // tile.block_q + num_seqs, num_kv_heads, num_splits)](
+            q_THD,
+            k_cache_NBKD,
+            v_cache_NBKD,
+            part_PTHD,
+            lse_PTH,
+            cu_seqlens_q.contiguous(),
+            kv_lens_S.contiguous(),
+            block_table_SW,
+            num_tokens,
+            num_seqs,
+            *q_THD.stride()[:2],
+            *block_table_SW.stride(),
+            **window_arguments(window),
+            **score_arguments(scale, softcap),
+            CACHE_BLOCK=block_size,
+            IS_SPLIT=num_splits > 1,
+            GROUP=group,
+            HEAD_DIM=head_dim,
+            BLOCK_M=tile.block_m,
+            BLOCK_Q=tile.block_q,
+            BLOCK_N=tile.block_n,
+            BLOCK_D=tile.block_d,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+        if num_splits > 1:
+            merge_splits_kernel[(num_tokens, num_heads)](
+                part_PTHD,
+                lse_PTH,
+                out_THD,
+                NUM_SPLITS=num_splits,
+                HEAD_DIM=head_dim,
+                BLOCK_D=tile.block_d,
+            )
+    return out_THD
+
+
+@triton.jit
+def paged_attention_kernel(
+    q_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    out_ptr,
+    lse_ptr,
+    cu_seqlens_q_ptr,
+    kv_lens_ptr,
+    block_table_ptr,
+    num_tokens,
+    num_seqs,
+    q_stride_t,
+    q_stride_h,
+    table_stride_s,
+    table_stride_w,
+    window_left,
+    window_right,
+    score_scale,
+    cap_scale,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    CACHE_BLOCK: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program: BLOCK_Q queries of one sequence, the heads of one group, one share of the keys.
+
+    Without a split it writes the output; with one, float32 parts and their log-sums in base 2.
+    """
+    block = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    split = tl.program_id(2)
+    num_kv_heads = tl.num_programs(1)
+    seq = find_sequence(cu_seqlens_q_ptr, block, num_seqs, BLOCK_Q)
+    q_start = tl.load(cu_seqlens_q_ptr + seq)
+    num_queries = tl.load(cu_seqlens_q_ptr + seq + 1) - q_start
+    first_query = (block - (q_start // BLOCK_Q + seq)) * BLOCK_Q
+    if first_query >= num_queries:
+        return
+    num_keys = tl.load(kv_lens_ptr + seq)
+
+    row_M = tl.arange(0, BLOCK_M)
+    query_M = first_query + row_M // GROUP
+    head_M = kv_head * GROUP + row_M % GROUP
+    dim_D = tl.arange(0, BLOCK_D)
+    # Row numbers times strides pass 2**31 in a large cache, so they are taken in 64 bits.
+    token_M = (q_start + query_M).to(tl.int64)
+    in_tile_M = (row_M < BLOCK_Q * GROUP) & (query_M < num_queries)
+    in_tile_MD = in_tile_M[:, None] & (dim_D < HEAD_DIM)[None, :]
+    part_row_M = token_M * (num_kv_heads * GROUP) + head_M
+    if IS_SPLIT:
+        part_row_M += split.to(tl.int64) * num_tokens * (num_kv_heads * GROUP)
+
+    position_M = query_M + (num_keys - num_queries)
+    first = first_query + (num_keys - num_queries)
+    last = tl.minimum(first + BLOCK_Q, num_keys) - 1
+    low, high = key_range(
+        first, last, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT, BLOCK_N
+    )
+    if IS_SPLIT:
+        num_tiles = tl.cdiv(tl.maximum(high - low, 0), BLOCK_N)
+        share = tl.cdiv(num_tiles, tl.num_programs(2)) * BLOCK_N
+        low += split * share
+        high = tl.minimum(low + share, high)
+        if low >= high:  # nothing left for this program: the merge skips its part
+            tl.store(
+                lse_ptr + part_row_M,
+                tl.full([BLOCK_M], float("-inf"), tl.float32),
+                mask=in_tile_M,
+            )
+            return
+
+    q_offset_MD = (token_M * q_stride_t + head_M * q_stride_h)[:, None] + dim_D[None, :]
+    q_MD = tl.load(q_ptr + q_offset_MD, mask=in_tile_MD, other=0.0)
+    acc_MD = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    max_M = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    sum_M = tl.zeros([BLOCK_M], tl.float32)
+    table_row_ptr = block_table_ptr + seq.to(tl.int64) * table_stride_s
+    for start in range(low, high, BLOCK_N):
+        key_N = start + tl.arange(0, BLOCK_N)
+        cache_block_N = tl.load(
+            table_row_ptr + key_N // CACHE_BLOCK * table_stride_w, mask=key_N < num_keys, other=0
+        ).to(tl.int64)
+        cache_row_N = (cache_block_N * CACHE_BLOCK + key_N % CACHE_BLOCK) * num_kv_heads + kv_head
+        offset_N = cache_row_N * HEAD_DIM
+        in_sequence_ND = (key_N < num_keys)[:, None] & (dim_D < HEAD_DIM)[None, :]
+        in_sequence_DN = (key_N < num_keys)[None, :] & (dim_D < HEAD_DIM)[:, None]
+        k_DN = tl.load(
+            k_cache_ptr + offset_N[None, :] + dim_D[:, None], mask=in_sequence_DN, other=0.0
+        )
+        v_ND = tl.load(
+            v_cache_ptr + offset_N[:, None] + dim_D[None, :], mask=in_sequence_ND, other=0.0
+        )
+        visible_MN = visible_keys(
+            position_M, key_N, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT
+        )
+        acc_MD, max_M, sum_M = softmax_step(
+            acc_MD,
+            max_M,
+            sum_M,
+            q_MD,
+            k_DN,
+            v_ND,
+            visible_MN,
+            score_scale,
+            cap_scale,
+            HAS_SOFTCAP,
+        )
+
+    out_MD, lse_M = softmax_finish(acc_MD, max_M, sum_M)
+    out_offset_MD = (part_row_M * HEAD_DIM)[:, None] + dim_D[None, :]
+    tl.store(out_ptr + out_offset_MD, out_MD.to(out_ptr.dtype.element_ty), mask=in_tile_MD)
+    if IS_SPLIT:
+        tl.store(lse_ptr + part_row_M, lse_M, mask=in_tile_M)
+
+
+@triton.jit
+def merge_splits_kernel(
+    part_ptr,
+    lse_ptr,
+    out_ptr,
+    NUM_SPLITS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program: weighs the P parts of one query head by their sums of exponents."""
+    num_heads = tl.num_programs(1)
+    row = tl.program_id(0).to(tl.int64) * num_heads + tl.program_id(1)
+    num_rows = tl.num_programs(0).to(tl.int64) * num_heads
+    row_P = tl.arange(0, NUM_SPLITS) * num_rows + row
+    dim_D = tl.arange(0, BLOCK_D)
+    lse_P = tl.load(lse_ptr + row_P)
+    # A part without keys was never written, and reading it could bring a NaN.
+    filled_P = lse_P != float("-inf")
+    part_PD = tl.load(
+        part_ptr + (row_P * HEAD_DIM)[:, None] + dim_D[None, :],
+        mask=filled_P[:, None] & (dim_D < HEAD_DIM)[None, :],
+        other=0.0,
+    )
+    most = tl.max(lse_P, 0)
+    weight_P = tl.exp2(lse_P - tl.where(most == float("-inf"), 0.0, most))
+    total = tl.sum(weight_P, 0)
+    out_D = tl.sum(part_PD * weight_P[:, None], 0) / tl.where(total == 0.0, 1.0, total)
+    tl.store(
+        out_ptr + row * HEAD_DIM + dim_D, out_D.to(out_ptr.dtype.element_ty), mask=dim_D < HEAD_DIM
+    )

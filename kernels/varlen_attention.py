@@ -9,8 +9,27 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from minigen.kernels.checks import check_varlen, read_cu_seqlens, resolve_scale, resolve_window
+from minigen.kernels.checks import (
+    Window,
+    check_varlen,
+    read_cu_seqlens,
+    resolve_scale,
+    resolve_window,
+)
 from minigen.kernels.cpu import attend_sequence
+from minigen.kernels.tiles import (
+    choose_tile,
+    find_sequence,
+    key_range,
+    on_device_of,
+    score_arguments,
+    shared_bytes_of,
+    softmax_finish,
+    softmax_step,
+    visible_keys,
+    window_arguments,
+)
+from minigen.kernels.triton_import import tl, triton
 
 
 def varlen_attention(
@@ -41,8 +60,8 @@ def varlen_attention(
         validate: read and check the offsets on a GPU too, which waits for it.
 
     Returns:
-        `out_THD`, shape and dtype of `q_THD`, and `lse_HT`, the natural log of the sum of exponents,
-        float32 (float64 for float64). A query that sees no key has output 0 and lse -inf.
+        `out_THD`, shape and dtype of `q_THD`, and `lse_HT`, the natural log of the sum of
+        exponents, float32 (float64 for float64). A query that sees no key has output 0, lse -inf.
 
     Raises:
         ValueError: shapes, dtypes, head counts, devices or (where read) offsets that do not fit.
@@ -124,3 +143,182 @@ def _fake(
     check_varlen(q_THD, k_TKD, v_TKD, cu_seqlens_q, cu_seqlens_k, softcap)
     resolve_window(causal, window_size)
     return _empty_outputs(q_THD)
+
+
+@_cpu.register_kernel("cuda")
+def _cuda(
+    q_THD: Tensor,
+    k_TKD: Tensor,
+    v_TKD: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    causal: bool,
+    scale: float | None,
+    window_size: Sequence[int],
+    softcap: float,
+    validate: bool,
+) -> tuple[Tensor, Tensor]:
+    check_varlen(q_THD, k_TKD, v_TKD, cu_seqlens_q, cu_seqlens_k, softcap)
+    window = resolve_window(causal, window_size)
+    scale = resolve_scale(scale, q_THD.shape[2])
+    if validate:
+        read_cu_seqlens(cu_seqlens_q, q_THD.shape[0], "cu_seqlens_q")
+        read_cu_seqlens(cu_seqlens_k, k_TKD.shape[0], "cu_seqlens_k")
+    return varlen_attention_triton(
+        q_THD, k_TKD, v_TKD, cu_seqlens_q, cu_seqlens_k, window=window, scale=scale, softcap=softcap
+    )
+
+
+def varlen_attention_triton(
+    q_THD: Tensor,
+    k_TKD: Tensor,
+    v_TKD: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    window: Window,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """Launches the kernel on checked arguments: on a GPU, or on the CPU in Triton's interpreter."""
+    q_THD, k_TKD, v_TKD = (
+        x if x.stride(-1) == 1 else x.contiguous() for x in (q_THD, k_TKD, v_TKD)
+    )
+    out_THD, lse_HT = _empty_outputs(q_THD)
+    num_tokens, num_heads, head_dim = q_THD.shape
+    num_kv_heads = k_TKD.shape[1]
+    num_seqs = cu_seqlens_q.shape[0] - 1
+    if num_tokens == 0 or num_seqs == 0:
+        return out_THD, lse_HT
+    group = num_heads // num_kv_heads
+    tile = choose_tile(
+        -(-num_tokens // num_seqs),
+        group,
+        head_dim,
+        q_THD.element_size(),
+        shared_bytes_of(q_THD.device),
+    )
+    with on_device_of(q_THD):
+        varlen_attention_kernel[(num_tokens // tile.block_q + num_seqs, num_kv_heads)](
+            q_THD,
+            k_TKD,
+            v_TKD,
+            out_THD,
+            lse_HT,
+            cu_seqlens_q.contiguous(),
+            cu_seqlens_k.contiguous(),
+            num_tokens,
+            num_seqs,
+            *q_THD.stride()[:2],
+            *k_TKD.stride()[:2],
+            *v_TKD.stride()[:2],
+            **window_arguments(window),
+            **score_arguments(scale, softcap),
+            GROUP=group,
+            HEAD_DIM=head_dim,
+            BLOCK_M=tile.block_m,
+            BLOCK_Q=tile.block_q,
+            BLOCK_N=tile.block_n,
+            BLOCK_D=tile.block_d,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+    return out_THD, lse_HT
+
+
+@triton.jit
+def varlen_attention_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    num_tokens,
+    num_seqs,
+    q_stride_t,
+    q_stride_h,
+    k_stride_t,
+    k_stride_h,
+    v_stride_t,
+    v_stride_h,
+    window_left,
+    window_right,
+    score_scale,
+    cap_scale,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program: BLOCK_Q queries of one sequence, all heads of one group, all their keys."""
+    block = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    seq = find_sequence(cu_seqlens_q_ptr, block, num_seqs, BLOCK_Q)
+    q_start = tl.load(cu_seqlens_q_ptr + seq)
+    num_queries = tl.load(cu_seqlens_q_ptr + seq + 1) - q_start
+    first_query = (block - (q_start // BLOCK_Q + seq)) * BLOCK_Q
+    if first_query >= num_queries:
+        return
+    k_start = tl.load(cu_seqlens_k_ptr + seq)
+    num_keys = tl.load(cu_seqlens_k_ptr + seq + 1) - k_start
+
+    row_M = tl.arange(0, BLOCK_M)
+    query_M = first_query + row_M // GROUP
+    head_M = kv_head * GROUP + row_M % GROUP
+    dim_D = tl.arange(0, BLOCK_D)
+    # Row numbers times strides pass 2**31 in long batches, so they are taken in 64 bits.
+    token_M = (q_start + query_M).to(tl.int64)
+    in_tile_M = (row_M < BLOCK_Q * GROUP) & (query_M < num_queries)
+    in_tile_MD = in_tile_M[:, None] & (dim_D < HEAD_DIM)[None, :]
+    q_offset_MD = (token_M * q_stride_t + head_M * q_stride_h)[:, None] + dim_D[None, :]
+    q_MD = tl.load(q_ptr + q_offset_MD, mask=in_tile_MD, other=0.0)
+
+    position_M = query_M + (num_keys - num_queries)
+    first = first_query + (num_keys - num_queries)
+    last = tl.minimum(first + BLOCK_Q, num_keys) - 1
+    low, high = key_range(
+        first, last, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT, BLOCK_N
+    )
+
+    acc_MD = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    max_M = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    sum_M = tl.zeros([BLOCK_M], tl.float32)
+    for start in range(low, high, BLOCK_N):
+        key_N = start + tl.arange(0, BLOCK_N)
+        token_N = (k_start + key_N).to(tl.int64)
+        in_sequence_ND = (key_N < num_keys)[:, None] & (dim_D < HEAD_DIM)[None, :]
+        in_sequence_DN = (key_N < num_keys)[None, :] & (dim_D < HEAD_DIM)[:, None]
+        k_offset_DN = (token_N * k_stride_t + kv_head * k_stride_h)[None, :] + dim_D[:, None]
+        v_offset_ND = (token_N * v_stride_t + kv_head * v_stride_h)[:, None] + dim_D[None, :]
+        k_DN = tl.load(k_ptr + k_offset_DN, mask=in_sequence_DN, other=0.0)
+        v_ND = tl.load(v_ptr + v_offset_ND, mask=in_sequence_ND, other=0.0)
+        visible_MN = visible_keys(
+            position_M, key_N, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT
+        )
+        acc_MD, max_M, sum_M = softmax_step(
+            acc_MD,
+            max_M,
+            sum_M,
+            q_MD,
+            k_DN,
+            v_ND,
+            visible_MN,
+            score_scale,
+            cap_scale,
+            HAS_SOFTCAP,
+        )
+
+    out_MD, lse_M = softmax_finish(acc_MD, max_M, sum_M)
+    num_heads = tl.num_programs(1) * GROUP
+    out_offset_MD = ((token_M * num_heads + head_M) * HEAD_DIM)[:, None] + dim_D[None, :]
+    tl.store(out_ptr + out_offset_MD, out_MD.to(out_ptr.dtype.element_ty), mask=in_tile_MD)
+    lse_offset_M = head_M.to(tl.int64) * num_tokens + token_M
+    # 0.693... = ln 2: from base 2 to the natural log that callers expect.
+    tl.store(lse_ptr + lse_offset_M, lse_M * 0.6931471805599453, mask=in_tile_M)
