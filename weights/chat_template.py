@@ -70,7 +70,10 @@ class ChatTemplates:
             files.update({file.stem: file for file in sorted((path / directory).glob("*.jinja"))})
         for name, file in files.items():
             if file.exists():
-                sources[name] = file.read_text(encoding="utf-8")
+                try:
+                    sources[name] = file.read_text(encoding="utf-8")
+                except (OSError, UnicodeError) as error:
+                    raise CheckpointError(f"{file} cannot be read as text: {error}") from None
         return cls(sources, variables, path)
 
     def select(self, name: str | None = None, with_tools: bool = False) -> str:

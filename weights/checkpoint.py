@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from tqdm import tqdm
@@ -317,7 +317,7 @@ def _read_entry(
     return begin, end, name, dtype, tuple(shape)
 
 
-def _all_sizes(values: Any) -> bool:
+def _all_sizes(values: Any) -> TypeGuard[list[int]]:
     return isinstance(values, list) and all(type(v) is int and v >= 0 for v in values)
 
 
@@ -340,6 +340,8 @@ def _copy_file(file: Path, pairs: list[tuple[TensorInfo, torch.Tensor]]) -> Iter
         closing(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)) as mapped,
     ):
         for info, target in pairs:
+            if info.start + info.num_bytes > len(mapped):  # reading on would be a bus error
+                raise CheckpointError(f"{file} has become shorter since its header was read")
             for start, source, view in _chunks(mapped, info, target):
                 num_bytes = source.numel() * source.element_size()
                 view.copy_(source)

@@ -20,9 +20,9 @@ def resolve_model(name_or_path: str | Path) -> Path:
     """
     name = str(name_or_path)
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():  # Path("") is the working directory
         return path
-    if path.exists():
+    if name and path.exists():
         raise CheckpointError(f"{path} is a file: give the directory that holds the checkpoint")
     local = isinstance(name_or_path, Path) or name.startswith(("/", ".", "~")) or "\\" in name
     if local or not _HUB_ID.fullmatch(name):

@@ -53,10 +53,10 @@ class Tokenizer:
         path = Path(path)
         if not (path / "tokenizer.json").exists():
             return None
-        read_json(path / "tokenizer.json")  # its errors say more than those of `tokenizers`
         try:
             backend = Backend.from_file(str(path / "tokenizer.json"))
         except Exception as error:  # `tokenizers` raises nothing more precise
+            read_json(path / "tokenizer.json")  # says more where the file is no JSON at all
             raise CheckpointError(
                 f"{path / 'tokenizer.json'} is not a tokenizer that can be used: {error}"
             ) from None
@@ -185,12 +185,11 @@ class DecodeStream:
 
 
 def _byte_fallback_ids(backend: Backend) -> frozenset[int]:
-    names = {f"<0x{byte:02X}>": byte for byte in range(256)}
-    found = {backend.token_to_id(name) for name in names}
-    # Without the decoder of that name they are ordinary tokens.
-    if None in found or backend.decode([backend.token_to_id("<0x41>")]) != "A":
-        return frozenset()
-    return frozenset(i for i in found if i is not None)
+    """The tokens `<0x00>` to `<0xFF>`, if the decoder takes them for bytes."""
+    ids = [backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+    known = frozenset(i for i in ids if i is not None)
+    letter = ids[ord("A")]
+    return known if letter is not None and backend.decode([letter]) == "A" else frozenset()
 
 
 def _optional_json(file: Path) -> dict[str, Any]:
@@ -215,8 +214,10 @@ def _add_missing_tokens(
     """Add what only `tokenizer_config.json` declares, as far as the ids agree."""
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
     declared = config.get("added_tokens_decoder")
-    by_id = {int(i): t for i, t in declared.items()} if isinstance(declared, dict) else {}
-    for token_id, token in sorted(by_id.items()):
+    for name, token in declared.items() if isinstance(declared, dict) else ():
+        if not name.isdigit() or not isinstance(token, dict) or "content" not in token:
+            continue
+        token_id = int(name)
         here = backend.token_to_id(token["content"])
         next_id = backend.get_vocab_size(with_added_tokens=True)
         if token["content"] not in known and (here if here is not None else next_id) == token_id:
