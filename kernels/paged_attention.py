@@ -29,6 +29,7 @@ from minigen.kernels.tiles import (
     shared_bytes_of,
     softmax_finish,
     softmax_step,
+    tile_arguments,
     visible_keys,
     window_arguments,
 )
@@ -264,16 +265,9 @@ def paged_attention_triton(
             *block_table_SW.stride(),
             **window_arguments(window),
             **score_arguments(scale, softcap),
+            **tile_arguments(tile, group, head_dim),
             CACHE_BLOCK=block_size,
             IS_SPLIT=num_splits > 1,
-            GROUP=group,
-            HEAD_DIM=head_dim,
-            BLOCK_M=tile.block_m,
-            BLOCK_Q=tile.block_q,
-            BLOCK_N=tile.block_n,
-            BLOCK_D=tile.block_d,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
         )
         if num_splits > 1:
             merge_splits_kernel[(num_tokens, num_heads)](
@@ -371,7 +365,7 @@ def paged_attention_kernel(
     acc_MD = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     max_M = tl.full([BLOCK_M], float("-inf"), tl.float32)
     sum_M = tl.zeros([BLOCK_M], tl.float32)
-    table_row_ptr = block_table_ptr + seq.to(tl.int64) * table_stride_s
+    table_row_ptr = block_table_ptr + tl.cast(seq, tl.int64) * table_stride_s
     for start in range(low, high, BLOCK_N):
         key_N = start + tl.arange(0, BLOCK_N)
         cache_block_N = tl.load(

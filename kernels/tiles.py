@@ -79,6 +79,19 @@ def window_arguments(window: Window) -> dict[str, Any]:
     }
 
 
+def tile_arguments(tile: Tile, group: int, head_dim: int) -> dict[str, Any]:
+    return {
+        "GROUP": group,
+        "HEAD_DIM": head_dim,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_Q": tile.block_q,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_D": tile.block_d,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }
+
+
 def score_arguments(scale: float, softcap: float) -> dict[str, Any]:
     """Factors that take q·k to a score in base 2, see `softmax_step`."""
     if softcap == 0:

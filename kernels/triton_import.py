@@ -1,11 +1,12 @@
 """Triton where its wheel exists. Elsewhere the modules still import, and the CPU kernels work."""
 
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import triton
     import triton.language as tl
+
+    triton: Any  # Triton's own types refuse plain numbers for its constexpr parameters
 else:
     try:
         import triton

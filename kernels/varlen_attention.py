@@ -26,6 +26,7 @@ from minigen.kernels.tiles import (
     shared_bytes_of,
     softmax_finish,
     softmax_step,
+    tile_arguments,
     visible_keys,
     window_arguments,
 )
@@ -214,14 +215,7 @@ def varlen_attention_triton(
             *v_TKD.stride()[:2],
             **window_arguments(window),
             **score_arguments(scale, softcap),
-            GROUP=group,
-            HEAD_DIM=head_dim,
-            BLOCK_M=tile.block_m,
-            BLOCK_Q=tile.block_q,
-            BLOCK_N=tile.block_n,
-            BLOCK_D=tile.block_d,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            **tile_arguments(tile, group, head_dim),
         )
     return out_THD, lse_HT
 
