@@ -30,8 +30,11 @@ class Veil:
 
     def __init__(self, is_edge: Callable[[str], bool], taken: str):
         self._is_edge = is_edge
-        used = set(taken)
-        self._free = (chr(code) for code in _PRIVATE_USE if chr(code) not in used)
+        self._free = (
+            chr(code)
+            for code in _PRIVATE_USE
+            if chr(code) not in taken and _escaped(chr(code)) not in taken
+        )
         self._stand_in: dict[str, str] = {}
         self._original: dict[str, str] = {}
         self._edges: dict[str, bool] = {}
@@ -45,7 +48,7 @@ class Veil:
     def lift(self, text: str) -> str:
         """The text with the characters back, also where JSON has escaped their stand-ins."""
         for stand_in, character in self._original.items():
-            text = text.replace(f"\\u{ord(stand_in):04x}", character).replace(stand_in, character)
+            text = text.replace(_escaped(stand_in), character).replace(stand_in, character)
         return text
 
     def _cover(self, character: str) -> str:
@@ -230,6 +233,10 @@ def _never_prepend(pre_tokenizer: Any) -> None:
             pre_tokenizer["prepend_scheme"] = "never"
         for inner in pre_tokenizer.get("pretokenizers", []):
             _never_prepend(inner)
+
+
+def _escaped(character: str) -> str:
+    return json.dumps(character)[1:-1]
 
 
 def _is_markup(text: str) -> bool:
