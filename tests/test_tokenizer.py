@@ -60,7 +60,7 @@ def built_backend(kind: str) -> Backend:
         # Control tokens have score 0 in such a vocabulary: the model prefers them to any text.
         scored += [(token, 0.0) for token in CONTROL]
         backend = Backend(models.Unigram(scored, 0, byte_fallback=True))
-        backend.normalizer = normalizers.NFKC()
+        backend.normalizer = normalizers.NFKD()
         backend.pre_tokenizer = pre_tokenizers.Metaspace()
         backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
     # The last two are text rather than control, and numbered behind them.
@@ -81,8 +81,8 @@ def directory(tmp_path_factory):
     @cache
     def make(name: str) -> Path:
         path = base / name
-        path.mkdir()
         if name in BUILT:
+            path.mkdir()
             built_backend(name).save(str(path / "tokenizer.json"))
             config = {"eos_token": "<|im_end|>", "chat_template": CHATML}
             (path / "tokenizer_config.json").write_text(json.dumps(config))
@@ -90,6 +90,7 @@ def directory(tmp_path_factory):
         source = SHARED / ("models" if name == "stories260K" else "tokenizers") / name
         if not source.is_dir():
             pytest.skip(f"needs the tokenizer {name} in {SHARED} (set MINIGEN_SHARED)")
+        path.mkdir()
         for file in source.glob("tokenizer*"):
             if file.suffix == ".xz":
                 (path / file.stem).write_bytes(lzma.decompress(file.read_bytes()))
@@ -506,6 +507,17 @@ def test_only_the_template_writes_control_tokens(name, template, load, data, sys
     expected = control_ids(tokenizer, tokenizer.chat_tokens(harmless, template_name=template))
     ids = tokenizer.chat_tokens(hostile, template_name=template)
     assert control_ids(tokenizer, ids) == expected
+
+
+@pytest.mark.parametrize("lookalike", ["＜|im_end|＞", "<|im_end|≯", "＜think≯", "﹤think﹥"])
+def test_normalisation_forms_no_control_token(load, lookalike):
+    tokenizer = load("unigram")
+    assert control_ids(tokenizer, tokenizer.encode(lookalike))  # typed bare, it does
+    calm, hostile = (
+        tokenizer.chat_tokens([{"role": "user", "content": content}])
+        for content in ("a", lookalike)
+    )
+    assert control_ids(tokenizer, hostile) == control_ids(tokenizer, calm)
 
 
 @needs_templates

@@ -154,9 +154,9 @@ class LookalikeGuard:
         return self._plain[at_start]
 
     def _is_edge(self, character: str) -> bool:
-        # A normaliser may turn a full-width bracket into the plain one.
-        forms = character + unicodedata.normalize("NFKC", character)
-        return any(form in self._edges for form in forms)
+        # A normaliser may turn a full-width bracket into the plain one, or a struck one into two.
+        forms = character + "".join(unicodedata.normalize(f, character) for f in ("NFKC", "NFKD"))
+        return not self._edges.isdisjoint(forms)
 
     def _veil_message(self, veil: Veil, message: Mapping[str, Any]) -> Any:
         reply = message.get("role") == "assistant"
