@@ -18,7 +18,8 @@ def kv_cache_write(
 
     Args:
         k_TKD, v_TKD: float16, bfloat16 or float32 (on the CPU also float64).
-        k_cache_NBKD, v_cache_NBKD: contiguous caches of the same dtype, changed in place.
+        k_cache_NBKD, v_cache_NBKD: contiguous caches of the same dtype, changed in place. Give each
+            its own allocation: views of one tensor are copied by torch.compile at every step.
         slots_T: int64; -1 skips the token, and no other value may occur twice.
 
     Raises:

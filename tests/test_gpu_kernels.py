@@ -1,0 +1,281 @@
+"""The Triton kernels against the float64 reference: on a GPU, or in Triton's interpreter.
+
+With TRITON_INTERPRET=1 the same properties run on CPU tensors, with shorter sequences, and without
+bfloat16, which the interpreter multiplies wrongly.
+"""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from minigen.kernels import kv_cache_write, paged_attention, varlen_attention
+from minigen.kernels.checks import resolve_window
+from minigen.kernels.kv_cache_write import kv_cache_write_triton
+from minigen.kernels.paged_attention import paged_attention_triton
+from minigen.kernels.varlen_attention import varlen_attention_triton
+from tests.attention_cases import (
+    Case,
+    assert_within,
+    cases,
+    cu_seqlens,
+    make_paged,
+    make_qkv,
+    reference,
+)
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+DTYPES = (
+    (torch.float32, torch.float16)
+    if INTERPRETED
+    else (
+        torch.bfloat16,
+        torch.float16,
+        torch.float32,
+    )
+)
+MAX_LEN = 70 if INTERPRETED else 700
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not INTERPRETED and not torch.cuda.is_available(), reason="needs a CUDA GPU"
+    ),
+]
+
+
+def options(case: Case) -> dict[str, Any]:
+    return {
+        "window": resolve_window(case.causal, case.window_size),
+        "scale": case.scale,
+        "softcap": case.softcap,
+    }
+
+
+def run_paged(
+    case: Case, qkv: tuple[Tensor, Tensor, Tensor], num_splits: int | None = None
+) -> Tensor:
+    paged = make_paged(case, DEVICE)
+    kv_cache_write_triton(*qkv[1:], paged.k_cache_NBKD, paged.v_cache_NBKD, paged.slots_T)
+    return paged_attention_triton(
+        qkv[0],
+        paged.k_cache_NBKD,
+        paged.v_cache_NBKD,
+        cu_seqlens(case.q_lens, DEVICE),
+        paged.kv_lens_S,
+        paged.block_table_SW,
+        num_splits=num_splits,
+        **options(case),
+    )
+
+
+@given(cases(DTYPES, MAX_LEN))
+def test_varlen_equals_definition(case: Case) -> None:
+    qkv = make_qkv(case, DEVICE)
+    expected = reference(case, *qkv)
+    lengths = cu_seqlens(case.q_lens, DEVICE), cu_seqlens(case.kv_lens, DEVICE)
+    out_THD, lse_HT = varlen_attention_triton(*qkv, *lengths, **options(case))
+    assert out_THD.dtype == case.dtype
+    assert_within(out_THD, expected.out_THD, expected.out_error_THD)
+    assert_within(lse_HT, expected.lse_HT, expected.lse_error_HT)
+
+
+@given(cases(DTYPES, MAX_LEN), st.sampled_from([None, 1, 2, 8]))
+def test_paged_equals_definition(case: Case, num_splits: int | None) -> None:
+    """Any mix of prefill, chunk and decode, with the keys divided among programs or not."""
+    qkv = make_qkv(case, DEVICE)
+    expected = reference(case, *qkv)
+    assert_within(run_paged(case, qkv, num_splits), expected.out_THD, expected.out_error_THD)
+
+
+@given(cases(DTYPES, MAX_LEN), st.sampled_from([None, 1, 2, 8]))
+def test_decode_equals_definition(case: Case, num_splits: int | None) -> None:
+    case = dataclasses.replace(case, q_lens=(1,) * len(case.kv_lens))
+    qkv = make_qkv(case, DEVICE)
+    expected = reference(case, *qkv)
+    assert_within(run_paged(case, qkv, num_splits), expected.out_THD, expected.out_error_THD)
+
+
+@given(cases(DTYPES, 40))
+def test_cache_write_changes_its_slots_only(case: Case) -> None:
+    _, k_TKD, v_TKD = make_qkv(case, DEVICE)
+    paged = make_paged(case, DEVICE)
+    slots_T = paged.slots_T.clone()
+    slots_T[::3] = -1
+    kv_cache_write_triton(k_TKD, v_TKD, paged.k_cache_NBKD, paged.v_cache_NBKD, slots_T)
+    for cache_NBKD, x_TKD in ((paged.k_cache_NBKD, k_TKD), (paged.v_cache_NBKD, v_TKD)):
+        expected_NBKD = torch.full_like(cache_NBKD, torch.nan)
+        kept_T = slots_T >= 0
+        expected_NBKD.flatten(0, 1)[slots_T[kept_T]] = x_TKD[kept_T]
+        torch.testing.assert_close(cache_NBKD, expected_NBKD, rtol=0, atol=0, equal_nan=True)
+
+
+LEAK_CASE = Case(
+    q_lens=(7, 30, 3),
+    kv_lens=(7, 30, 3),
+    num_heads=6,
+    num_kv_heads=2,
+    head_dim=40,
+    dtype=torch.float16,
+    causal=False,
+    window_size=(-1, -1),
+    softcap=0.0,
+    scale=0.2,
+    block_size=4,
+    seed=0,
+)
+
+
+def first_rows(lengths: tuple[int, ...], qkv: Sequence[Tensor]) -> Tensor:
+    q_THD, k_TKD, v_TKD = qkv
+    offsets = cu_seqlens(lengths, DEVICE)
+    out_THD, _ = varlen_attention_triton(
+        q_THD, k_TKD, v_TKD, offsets, offsets, **options(LEAK_CASE)
+    )
+    return out_THD[:7]
+
+
+def test_neighbours_cannot_leak_and_a_leak_would_be_noticed() -> None:
+    mine = make_qkv(LEAK_CASE, DEVICE)
+    others = make_qkv(dataclasses.replace(LEAK_CASE, seed=1), DEVICE)
+    disturbed = tuple(torch.cat([a[:7], b[7:]]) for a, b in zip(mine, others, strict=True))
+    poisoned = tuple(torch.cat([a[:7], torch.full_like(a[7:], torch.nan)]) for a in mine)
+    right, wrong = (7, 30, 3), (8, 29, 3)
+    assert torch.equal(first_rows(right, mine), first_rows(right, disturbed))
+    assert torch.equal(first_rows(right, mine), first_rows(right, poisoned))
+    assert not torch.equal(first_rows(wrong, mine), first_rows(wrong, disturbed))
+
+
+@pytest.mark.parametrize("num_splits", [1, 4])
+def test_null_rows_give_zero(num_splits: int) -> None:
+    case = dataclasses.replace(LEAK_CASE, q_lens=(1, 2, 4), kv_lens=(0, 1, 4), causal=True)
+    out_THD = run_paged(case, make_qkv(case, DEVICE), num_splits)
+    assert not out_THD[:2].any()  # a sequence without keys, and a query before its first key
+    assert (out_THD[2:] != 0).all()
+
+
+def test_empty_batches() -> None:
+    case = dataclasses.replace(LEAK_CASE, q_lens=(0, 0), kv_lens=(0, 3))
+    qkv = make_qkv(case, DEVICE)
+    assert run_paged(case, qkv).shape == (0, 6, 40)
+    lengths = cu_seqlens(case.q_lens, DEVICE), cu_seqlens(case.kv_lens, DEVICE)
+    assert varlen_attention_triton(*qkv, *lengths, **options(case))[1].shape == (6, 0)
+
+
+def test_strided_inputs_equal_contiguous_ones() -> None:
+    qkv = make_qkv(LEAK_CASE, DEVICE)
+    fused = torch.cat([x.flatten(1) for x in qkv], 1)
+    slices = fused.split([6 * 40, 2 * 40, 2 * 40], 1)
+    q, k, v = (x.unflatten(1, (-1, 40)) for x in slices)
+    strided = (q, k, v)
+    assert torch.equal(first_rows(LEAK_CASE.q_lens, strided), first_rows(LEAK_CASE.q_lens, qkv))
+    assert torch.equal(run_paged(LEAK_CASE, strided), run_paged(LEAK_CASE, qkv))
+
+
+def test_cache_beyond_32_bit_indexes() -> None:
+    """2**31 elements and more; on the CPU the pages that nobody writes cost no memory."""
+    shape = (2**31 // (16 * 8 * 256) + 2, 16, 8, 256)
+    try:
+        k_cache, v_cache = (torch.empty(shape, dtype=torch.float16, device=DEVICE) for _ in "kv")
+    except RuntimeError:
+        pytest.skip("this machine has no 9 GB for the two caches")
+    k_TKD, v_TKD, q_THD = torch.randn(3, 3, 8, 256).to(DEVICE, torch.float16)
+    last = (shape[0] - 1) * 16
+    slots_T = torch.arange(last, last + 3, device=DEVICE)
+    kv_cache_write_triton(k_TKD, v_TKD, k_cache, v_cache, slots_T)
+    lengths = cu_seqlens((3,), DEVICE)
+    table = torch.tensor([[shape[0] - 1]], dtype=torch.int32, device=DEVICE)
+    common: dict[str, Any] = {
+        "window": resolve_window(True, (-1, -1)),
+        "scale": 0.1,
+        "softcap": 0.0,
+    }
+    out_THD = paged_attention_triton(q_THD, k_cache, v_cache, lengths, lengths[1:], table, **common)
+    expected_THD, _ = varlen_attention_triton(q_THD, k_TKD, v_TKD, lengths, lengths, **common)
+    torch.testing.assert_close(out_THD, expected_THD, rtol=2**-10, atol=2**-10)
+
+
+# What only a GPU shows: the operations as registered, without a sync, captured in a graph. The run
+# in the interpreter leaves these out by name.
+
+
+def registered_arguments(case: Case) -> tuple[Any, Any]:
+    """Arguments of kv_cache_write and of paged_attention, over caches without NaN."""
+    q_THD, k_TKD, v_TKD = make_qkv(case, DEVICE)
+    paged = make_paged(case, DEVICE)
+    caches = paged.k_cache_NBKD.zero_(), paged.v_cache_NBKD.zero_()
+    return (k_TKD, v_TKD, *caches, paged.slots_T), (
+        q_THD,
+        *caches,
+        cu_seqlens(case.q_lens, DEVICE),
+        paged.kv_lens_S,
+        paged.block_table_SW,
+    )
+
+
+REGISTERED_CASE = dataclasses.replace(LEAK_CASE, q_lens=(1, 1, 5), kv_lens=(40, 9, 5), causal=True)
+
+
+def test_registered_operations_pass_opcheck() -> None:
+    write, attend = registered_arguments(REGISTERED_CASE)
+    kv_cache_write(*write)
+    offsets = attend[3]
+    torch.library.opcheck(torch.ops.minigen.kv_cache_write.default, write)
+    torch.library.opcheck(
+        torch.ops.minigen.paged_attention.default,
+        (*attend, None, [3, -1], 5.0, True, False),
+    )
+    torch.library.opcheck(
+        torch.ops.minigen.varlen_attention.default,
+        (attend[0], attend[0], attend[0], offsets, offsets, True, None, [3, -1], 5.0, False),
+    )
+
+
+def test_registered_operations_never_wait_for_the_gpu() -> None:
+    write, attend = registered_arguments(REGISTERED_CASE)
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        kv_cache_write(*write)
+        paged_attention(*attend)
+        varlen_attention(attend[0], attend[0], attend[0], attend[3], attend[3])
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def test_registered_operations_replay_in_a_graph_with_new_lengths() -> None:
+    """Lengths live on the device: a captured step must follow them, not those of its capture."""
+    write, attend = registered_arguments(REGISTERED_CASE)
+    kv_cache_write(*write)
+    paged_attention(*attend)  # compiles outside the capture
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured_THD = paged_attention(*attend)
+    for kv_lens in ((40, 9, 5), (17, 0, 5), (1, 8, 3)):
+        attend[4].copy_(torch.tensor(kv_lens))
+        graph.replay()
+        assert torch.equal(captured_THD, paged_attention(*attend))
+
+
+def test_registered_operations_validate_values_when_asked() -> None:
+    _, (q_THD, k_cache, v_cache, offsets, kv_lens_S, table_SW) = registered_arguments(
+        REGISTERED_CASE
+    )
+    caches = k_cache, v_cache
+    wrong = cu_seqlens((1, 1, 6), DEVICE)
+    with pytest.raises(ValueError, match="cu_seqlens_q must start at 0"):
+        varlen_attention(q_THD, q_THD, q_THD, wrong, wrong, validate=True)
+    with pytest.raises(ValueError, match="cu_seqlens_q must start at 0"):
+        paged_attention(q_THD, *caches, wrong, kv_lens_S, table_SW, validate=True)
+    with pytest.raises(ValueError, match=r"kv_lens\[0\] must be from 0"):
+        paged_attention(q_THD, *caches, offsets, kv_lens_S + 2**20, table_SW, validate=True)
