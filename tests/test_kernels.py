@@ -488,7 +488,7 @@ def test_triton_kernels_in_the_interpreter() -> None:
     """
     pytest.importorskip("triton")
     root = Path(__file__).parent.parent
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider"]
     finished = subprocess.run(
         [*command, "-k", "not registered", "tests/test_gpu_kernels.py"],
         cwd=root,
