@@ -1,0 +1,128 @@
+"""`python -m minigen`: chat with a checkpoint, or generate from many prompts at once."""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from minigen import cli
+
+EPILOG = """\
+examples:
+  python -m minigen chat --model ./SmolLM2-135M-Instruct
+  python -m minigen generate --model ./SmolLM2-135M --prompt "Once upon a time"
+
+`python -m minigen COMMAND --help` explains a command."""
+
+CHAT_EPILOG = """\
+examples:
+  python -m minigen chat --model ./SmolLM2-135M-Instruct
+  python -m minigen chat --model ./SmolLM2-135M-Instruct --temperature 0.7 --system "Be brief."
+  echo "What is a llama?" | python -m minigen chat --model ./SmolLM2-135M-Instruct --compile eager
+
+Enter sends, Alt-Enter begins a new line, Ctrl-C stops a reply, Ctrl-D leaves, /help lists the
+commands. Where standard input or output is no terminal, each line is a message, only replies go to
+standard output, and everything else goes to standard error. A model without chat template
+continues each line as plain text; an empty line lets it begin by itself."""
+
+GENERATE_EPILOG = """\
+examples:
+  python -m minigen generate --model ./SmolLM2-135M --prompt "Once upon a time" --max-tokens 100
+  python -m minigen generate --model ./SmolLM2-135M --input prompts.jsonl --output out.jsonl
+
+A line of the input:
+  {"id": "a1", "prompt": "Once upon", "params": {"temperature": 0, "max_tokens": 20}}
+with one of "prompt" (text), "prompt_token_ids" (used as they are) or "messages" (through the chat
+template). "id" (a text or a whole number) is the line's number where absent; "params" are sampling
+parameters for this line, over those of the command line.
+
+A line of the output, one for each line of the input, in the order they finish:
+  {"id": "a1", "input_sha256": "…", "text": "…", "token_ids": […], "finish_reason": "length",
+   "stop_reason": null, "cumulative_logprob": null, "logprobs": null, "num_prompt_tokens": 3,
+   "num_cached_tokens": 0, "timings": {"first_token_s": 0.02, "total_s": 0.4}}
+"logprobs" is one object a token, {"TOKEN_ID": {"logprob": …, "rank": …, "decoded_token": …}};
+"prompt_logprobs" is there if asked for. With n above 1 the first sample stands there, and
+"outputs" has all n with the same fields. A request that cannot run has {"id", "input_sha256",
+"error"} and harms no other.
+
+A run that was interrupted goes on when the same command is given again: ids that are in the output
+are skipped, a torn last line is done anew. OUT.settings.json beside the output holds the model and
+the sampling parameters; a run with other ones is refused."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: 0, 1 (failed), 2 (the user's error), 130 (Ctrl-C)."""
+    args = _parser().parse_args(argv)
+    try:
+        if args.model is None:
+            raise ValueError(cli.NO_MODEL)
+        return args.run(args)
+    except KeyboardInterrupt:
+        return cli.EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has gone. Python would complain once more when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return cli.EXIT_RUNTIME
+    except Exception as error:
+        if args.traceback:
+            traceback.print_exc()
+        print(f"minigen: {cli.one_line(error)}", file=sys.stderr)
+        return cli.EXIT_USAGE if isinstance(error, (ValueError, OSError)) else cli.EXIT_RUNTIME
+
+
+def _run_chat(args: argparse.Namespace) -> int:
+    from minigen import chat
+
+    return chat.run(args)
+
+
+def _run_generate(args: argparse.Namespace) -> int:
+    from minigen import generate
+
+    return generate.run(args)
+
+
+def _parser() -> cli.Parser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = cli.Parser(
+        prog="python -m minigen", description=__doc__, epilog=EPILOG, formatter_class=raw
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    chat = commands.add_parser(
+        "chat",
+        help="talk with a model",
+        description="Talk with a model.",
+        epilog=CHAT_EPILOG,
+        formatter_class=raw,
+    )
+    cli.add_engine_options(chat)
+    chat.add_argument("--system", metavar="TEXT", help="the system message")
+    cli.add_sampling_options(chat, max_tokens="what the context has room for")
+    chat.set_defaults(run=_run_chat)
+
+    generate = commands.add_parser(
+        "generate",
+        help="continue many prompts at once",
+        description="Continue many prompts at once, in one flat batch.",
+        epilog=GENERATE_EPILOG,
+        formatter_class=raw,
+    )
+    work = generate.add_argument_group("work")
+    work.add_argument("--prompt", action="append", metavar="TEXT", help="repeatable; prints text")
+    work.add_argument("--input", metavar="FILE", help="requests, one JSON object a line")
+    work.add_argument("--output", metavar="FILE", help="results, one JSON object a line")
+    cli.add_engine_options(generate)
+    cli.add_sampling_options(generate, max_tokens="256", many=True)
+    generate.set_defaults(run=_run_generate)
+
+    for command in (chat, generate):
+        command.add_argument(
+            "--traceback", action="store_true", help="show where in the program an error arose"
+        )
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
