@@ -102,7 +102,7 @@ def check_parameter(name: str, value: Any) -> Any:
 
 
 def read_parameter(name: str, text: str) -> Any:
-    """A sampling parameter as a person types it: `0.7`, `none`, `true`, `["\\n\\n"]`, or plain text.
+    """A sampling parameter as a person types it: `0.7`, `none`, `true`, `["\\n"]` or plain text.
 
     Raises ValueError as `check_parameter`.
     """
@@ -214,7 +214,7 @@ def add_sampling_options(
 
 
 def load_llm(args: argparse.Namespace, **options: Any) -> "LLM":
-    """The LLM that the options describe. Raises ValueError (a CheckpointError is one) or OSError."""
+    """The LLM that the options describe. Raises ValueError, as CheckpointError is one, or OSError."""
     from minigen.llm import LLM
 
     return LLM(
