@@ -214,7 +214,7 @@ def add_sampling_options(
 
 
 def load_llm(args: argparse.Namespace, **options: Any) -> "LLM":
-    """The LLM that the options describe. Raises ValueError, as CheckpointError is one, or OSError."""
+    """The LLM that the options describe. Raises ValueError (as CheckpointError) or OSError."""
     from minigen.llm import LLM
 
     return LLM(
