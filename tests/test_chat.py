@@ -214,7 +214,7 @@ def test_several_turns_dropped_are_counted(llm):
     chat, screen = make_chat(llm)
     for number in range(4):
         chat.take(f"message {number}")
-    chat.take("hello world, how are you today? " * 14)
+    chat.take("hello world, how are you today? " * 20)
     [note] = [note for note in screen.notes if "context is full" in note]
     count = int(re.search(r"oldest (\d+) turns are dropped", note)[1])
     assert len(chat._conversation.turns) == 2 * (5 - count)
@@ -275,7 +275,7 @@ def test_set_checks_what_it_is_given(llm):
 
 
 def test_retry_replaces_the_last_reply(llm):
-    chat, screen = make_chat(llm)
+    chat, _ = make_chat(llm)
     with pytest.raises(ValueError, match="no message yet"):
         chat.take("/retry")
     chat.take("hello")
@@ -297,7 +297,7 @@ def test_retry_replaces_the_last_reply(llm):
 
 
 def test_save_writes_the_conversation(llm, tmp_path):
-    chat, screen = make_chat(llm, system="Be brief")
+    chat, _ = make_chat(llm, system="Be brief")
     chat.take("//not a command 🦙")
     target = tmp_path / "chat.json"
     target.write_text("old")
@@ -541,7 +541,7 @@ class User:
         return self.child.match
 
     def sees_prompt(self):
-        self.sees(r"> ")
+        self.sees(r"\x1b\[\?2004h")  # bracketed paste: the prompt is there
 
     def leaves(self):
         self.child.sendcontrol("d")
