@@ -303,6 +303,8 @@ def _ends(tokenizer: "Tokenizer", ids: list[int]) -> tuple[dict[int, int], str]:
     for i, token_id in enumerate(ids, start=1):
         text += stream.push(token_id)
         ends.setdefault(len(text), i)
+    text += stream.flush()  # half a character at the end of a reply
+    ends.setdefault(len(text), len(ids))
     return ends, text
 
 
