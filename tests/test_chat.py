@@ -164,7 +164,9 @@ def test_splicing_never_changes_the_text(tokenizer, reply):
 
 def test_turn_prefills_only_what_is_new(llm, monkeypatch):
     prompts = prompts_of(llm, monkeypatch)
-    chat, _ = make_chat(llm)
+    # Random weights write halves of characters, and those of two U+FFFD have no boundary between.
+    halves = [i for i in range(llm.tokenizer.vocab_size) if "\ufffd" in llm.tokenizer.decode([i])]
+    chat, _ = make_chat(llm, logit_bias=dict.fromkeys(halves, -100.0))
     for text in ("hello world", "how are you?", "I am fine"):
         chat.take(text)
     replies = chat._replies
