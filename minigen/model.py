@@ -530,7 +530,7 @@ class Decoder(nn.Module):
         """Normed hidden states [T, E] of packed tokens.
 
         tokens_T, positions_T int64 (positions are rows of the rope table: long rope's long
-        factors start at row `max_length`), cu_seqlens_S1 int32 or int64 from 0 to T.
+        factors start at row `max_length`), cu_seqlens_S1 int32 from 0 to T.
         """
         tokens_Sj = torch.nested.nested_tensor_from_jagged(tokens_T, cu_seqlens_S1)
         x_SjE = F.embedding(tokens_Sj, self.embed.weight)
@@ -553,7 +553,7 @@ class Decoder(nn.Module):
         """Jagged token ids [S, j] -> jagged fp32 logits [S, j, V], no cache."""
         if not tokens_Sj.is_nested or tokens_Sj.layout != torch.jagged:
             raise ValueError("tokens: a nested jagged tensor [S, j] of token ids is needed")
-        offsets, tokens_T = tokens_Sj.offsets(), tokens_Sj.values()
+        offsets, tokens_T = tokens_Sj.offsets().to(torch.int32), tokens_Sj.values()
         lengths_S = offsets.diff()
         rows_T = torch.repeat_interleave(lengths_S, output_size=tokens_T.shape[0])
         positions_T = torch.arange(tokens_T.shape[0], device=offsets.device) - offsets[rows_T]
