@@ -51,7 +51,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    logit_bias: Mapping[int, float] | Mapping[str, float] | None = None
+    logit_bias: Mapping[Any, float] | None = None  # from token ids, also as text: JSON's keys
     seed: int | None = None
     max_tokens: int | None = 16
     min_tokens: int = 0
@@ -397,63 +397,47 @@ def draw(
     if mode == "greedy":
         return logits_RV.argmax(-1)
     is_greedy_R1 = temperature_R[:, None] == 0
-    temperature_R1 = torch.where(is_greedy_R1, 1.0, temperature_R[:, None])
-    peak_R1 = logits_RV.amax(-1, keepdim=True)
+    temperature_R1 = torch.where(is_greedy_R1, 1.0, temperature_R[:, None]).double()
+
+    # float64 from here on: the logarithms of two devices, or of a vector loop and its scalar rest,
+    # and the sums of two batch sizes differ in the last bit. In float32 that turns about one draw
+    # in a million, here one in 10^15.
+    peak_R1 = logits_RV.amax(-1, keepdim=True).double()
+    scaled_RV = (logits_RV.double() - peak_R1) / temperature_R1
 
     # Each filter keeps the logits from some value on, so a row needs one number, and no mask and no
     # scatter back from sorted order. Thresholds are logits as they came, before the temperature:
     # comparing them is exact.
-    threshold_R1 = peak_R1 + temperature_R1 * min_p_R[:, None].log()
+    threshold_R1 = peak_R1 + temperature_R1 * min_p_R[:, None].double().log()
     if mode != "plain":
-        threshold_R1 = _top_k_top_p_threshold(
-            logits_RV,
-            peak_R1,
-            temperature_R1,
-            threshold_R1,
-            top_k_R[:, None],
-            top_p_R[:, None],
-            logits_RV.shape[1] if mode == "sort" else min(MAX_CANDIDATES, logits_RV.shape[1]),
-        )
+        num_candidates = logits_RV.shape[1]
+        if mode == "top_k":
+            num_candidates = min(MAX_CANDIDATES, num_candidates)
+            candidates_RC = logits_RV.topk(num_candidates, -1).values
+        else:
+            candidates_RC = logits_RV.sort(-1, descending=True).values
 
-    # float64: the logarithms of two devices, or of a vector loop and its scalar rest, differ in the
-    # last bit. In float32 that turns about one draw in a million, here one in 10^15.
-    race_RV = (logits_RV - peak_R1).double() / temperature_R1.double()
-    race_RV = race_RV - _exponential(logits_RV.shape[1], seed_R, sample_R, position_R).log()
+        top_k_R1 = top_k_R[:, None]
+        kth_R1 = candidates_RC.gather(1, top_k_R1.clamp(max=num_candidates) - 1).double()
+        kth_R1 = torch.where(top_k_R1 <= num_candidates, kth_R1, -math.inf)
+        threshold_R1 = torch.maximum(threshold_R1, kth_R1)
+
+        # Masses are relative to the likeliest token's. Top-p shares out what top-k left, equals of
+        # the k-th logit included, which may lie beyond the candidates: the sum is the whole row's.
+        mass_RV = torch.where(logits_RV >= threshold_R1, scaled_RV.exp(), 0.0)
+        total_R1 = mass_RV.sum(-1, keepdim=True)
+        is_left_RC = candidates_RC >= threshold_R1
+        mass_RC = ((candidates_RC.double() - peak_R1) / temperature_R1).exp()
+        mass_RC = torch.where(is_left_RC, mass_RC, 0.0)
+        above_RC = torch.nn.functional.pad(mass_RC.cumsum(-1)[:, :-1], (1, 0))
+        is_kept_RC = is_left_RC & (above_RC < top_p_R[:, None] * total_R1)
+        last_kept_RC = torch.where(is_kept_RC, candidates_RC, math.inf)
+        last_kept_R1 = last_kept_RC.amin(-1, keepdim=True).double()
+        threshold_R1 = torch.where(top_p_R[:, None] < 1, last_kept_R1, threshold_R1)
+
+    race_RV = scaled_RV - _exponential(logits_RV.shape[1], seed_R, sample_R, position_R).log()
     race_RV = torch.where(logits_RV >= threshold_R1, race_RV, -math.inf)
     return torch.where(is_greedy_R1, logits_RV.double(), race_RV).argmax(-1)
-
-
-def _top_k_top_p_threshold(
-    logits_RV: Tensor,
-    peak_R1: Tensor,
-    temperature_R1: Tensor,
-    threshold_R1: Tensor,
-    top_k_R1: Tensor,
-    top_p_R1: Tensor,
-    num_candidates: int,
-) -> Tensor:
-    """The smallest logit that top-k and then top-p leave of those from `threshold_R1` on.
-
-    Rows with top_k above `num_candidates` must have neither top-k nor top-p.
-    """
-    if num_candidates == logits_RV.shape[1]:
-        candidates_RC = logits_RV.sort(-1, descending=True).values
-    else:
-        candidates_RC = logits_RV.topk(num_candidates, -1).values
-    kth_R1 = candidates_RC.gather(1, top_k_R1.clamp(max=num_candidates) - 1)
-    kth_R1 = torch.where(top_k_R1 <= num_candidates, kth_R1, -math.inf)
-    threshold_R1 = torch.maximum(threshold_R1, kth_R1)
-
-    # Masses are relative to the likeliest token's. Top-p shares out what top-k left, equals of the
-    # k-th logit included, which may lie beyond the candidates: their sum is over the whole row.
-    mass_RV = ((logits_RV - peak_R1) / temperature_R1).exp()
-    total_R1 = torch.where(logits_RV >= threshold_R1, mass_RV, 0.0).sum(-1, keepdim=True)
-    mass_RC = ((candidates_RC - peak_R1) / temperature_R1).exp()
-    mass_RC = torch.where(candidates_RC >= threshold_R1, mass_RC, 0.0)
-    above_RC = torch.nn.functional.pad(mass_RC.cumsum(-1)[:, :-1], (1, 0))
-    is_kept_RC = (candidates_RC >= threshold_R1) & (above_RC < top_p_R1 * total_R1)
-    last_kept_R1 = torch.where(is_kept_RC, candidates_RC, math.inf).amin(-1, keepdim=True)
-    return torch.where(top_p_R1 < 1, last_kept_R1, threshold_R1)
 
 
 def _exponential(vocab_size: int, seed_R: Tensor, sample_R: Tensor, position_R: Tensor) -> Tensor:

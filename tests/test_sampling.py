@@ -1,0 +1,639 @@
+"""Sampling: what is refused, what is drawn and how often, and that no neighbour changes a draw.
+
+Shape suffixes: R rows to sample, V vocabulary.
+"""
+
+import dataclasses
+import json
+import math
+import re
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from minigen import sampling
+from minigen.sampling import (
+    MAX_CANDIDATES,
+    Row,
+    SamplingParams,
+    SamplingTensors,
+    TokenCounts,
+    draw,
+    edit_logits,
+    top_logprobs,
+)
+
+CPU = torch.device("cpu")
+MODES = ("plain", "top_k", "sort")
+
+
+def make_row(params: SamplingParams, seed=0, sample=0, position=0, prompt=(), outputs=(), **more):
+    return Row(params, seed, sample, position, prompt, outputs, **more)
+
+
+def draw_rows(logits_RV: Tensor, rows: list[Row], mode: sampling.Mode | None = None) -> list[int]:
+    tensors = SamplingTensors.from_rows(rows, logits_RV.shape[1], logits_RV.device)
+    return draw(logits_RV, *tensors.tensors(), mode=mode or tensors.mode).tolist()
+
+
+def draw_many(logits_V: Tensor, params: SamplingParams, count: int, seed=0, mode=None) -> list[int]:
+    """Draws from the same logits at `count` positions."""
+    rows = [make_row(params, seed, position=i) for i in range(count)]
+    return draw_rows(logits_V.expand(count, -1), rows, mode)
+
+
+# --- parameters ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "bad"),
+    [
+        ("n", [1, 2, 100], [0, -1, 1.0, True, None, "2"]),
+        ("temperature", [0, 0.0, 1e-6, 0.7, 2], [-0.1, math.nan, math.inf, True, None, "1"]),
+        ("top_k", [-1, 0, 1, 10**6], [-2, 1.5, True, None]),
+        ("top_p", [1e-9, 0.5, 1, 1.0], [0, 0.0, -0.1, 1.0001, math.nan, True, None]),
+        ("min_p", [0, 0.0, 0.5, 1], [-0.1, 1.1, math.nan, True, None]),
+        ("repetition_penalty", [0.01, 1, 1.3, 5.0], [0, -1.0, math.nan, math.inf, True, None]),
+        ("presence_penalty", [-2, -2.0, 0, 2.0], [-2.1, 2.1, math.nan, True, None]),
+        ("frequency_penalty", [-2, -2.0, 0, 2.0], [-2.1, 2.1, math.nan, True, None]),
+        ("seed", [None, 0, -(2**63), 2**63 - 1], [2**63, -(2**63) - 1, 1.0, True, "1"]),
+        ("max_tokens", [None, 1, 10**9], [0, -1, 1.5, True]),
+        ("min_tokens", [0, 1, 16], [-1, 17, 1.5, True, None]),
+        ("logprobs", [None, -1, 0, 5], [-2, 1.5, True]),
+        ("prompt_logprobs", [None, -1, 0, 5], [-2, 1.5, False]),
+        ("ignore_eos", [True, False], [0, 1, None, "yes"]),
+        ("include_stop_str_in_output", [True, False], [0, None]),
+        ("skip_special_tokens", [True, False], [1, None]),
+        ("stop", [None, "a", [], ["a", "b"], ("a",)], ["", [""], ["a", 1], 3, b"a", {"a": 1}]),
+        ("stop_token_ids", [None, [], [0, 7], (7,)], [[-1], [True], [1.0], 7, "7"]),
+        (
+            "logit_bias",
+            [None, {}, {3: 1}, {"3": -100.0}, {3: 100}],
+            [{3: 101}, {3: math.nan}, {3: True}, {-1: 0.0}, {True: 0.0}, {"a": 1.0}, [3], "3"],
+        ),
+    ],
+)
+def test_each_parameter_has_its_range(name, good, bad):
+    for value in good:
+        assert isinstance(SamplingParams(**{name: value}), SamplingParams)
+    for value in bad:
+        with pytest.raises(ValueError, match=rf"^{name} must [^\n]* not [^\n]*$") as error:
+            SamplingParams(**{name: value})
+        # The value is named; of a bias, the key or the value that is wrong.
+        parts = [value]
+        if name == "logit_bias" and isinstance(value, dict):
+            parts = [*value.keys(), *value.values()]
+        assert any(repr(part) in str(error.value) for part in parts)
+
+
+def test_what_is_stored():
+    params = SamplingParams(stop="END", stop_token_ids=(1, 2), logit_bias={"7": 1, "007": 2})
+    assert (params.stop, params.stop_token_ids) == (["END"], [1, 2])
+    assert params.logit_bias == {7: 2.0}
+    assert (SamplingParams().stop, SamplingParams().stop_token_ids) == ([], [])
+    given_list = ["a"]
+    params = SamplingParams(stop=given_list)
+    given_list.append("b")
+    assert params.stop == ["a"]
+
+
+def test_greedy_has_one_sample():
+    with pytest.raises(ValueError, match="n must be 1 where temperature is 0"):
+        SamplingParams(n=2, temperature=0)
+    assert SamplingParams(temperature=9e-6).is_greedy
+    assert not SamplingParams(temperature=1e-5).is_greedy
+    # Greedy leaves the rest as it is: replacing the temperature brings it back.
+    params = SamplingParams(temperature=0, top_p=0.5)
+    assert dataclasses.replace(params, temperature=1.0).top_p == 0.5
+
+
+def test_min_tokens_lies_below_max_tokens():
+    with pytest.raises(ValueError, match="min_tokens must be at most max_tokens, which is 3, not"):
+        SamplingParams(min_tokens=4, max_tokens=3)
+    assert SamplingParams(min_tokens=400, max_tokens=None).min_tokens == 400
+
+
+def test_parameters_survive_json():
+    params = SamplingParams(
+        n=2, stop="a", seed=3, logit_bias={4: -1.0}, stop_token_ids=[3], max_tokens=None
+    )
+    assert SamplingParams(**json.loads(json.dumps(dataclasses.asdict(params)))) == params
+    assert dataclasses.replace(params, n=1).logit_bias == {4: -1.0}
+    with pytest.raises(ValueError, match="top_p"):
+        dataclasses.replace(params, top_p=2.0)
+
+
+def test_bias_outside_the_vocabulary_is_refused():
+    params = SamplingParams(logit_bias={10: 1.0})
+    params.check_vocabulary(11)
+    with pytest.raises(ValueError, match="names the token 10, and the model has the tokens 0 to 9"):
+        params.check_vocabulary(10)
+    with pytest.raises(ValueError, match="token 10"):
+        edit_logits(torch.zeros(1, 10), [make_row(params)])
+
+
+# --- the oracle: one row, in numbers of Python ---------------------------------------------------
+
+
+def splitmix(x: int) -> int:
+    """SplitMix64's finalizer."""
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+    return x ^ (x >> 31)
+
+
+def exponential(seed: int, sample: int, position: int, token: int) -> float:
+    golden = 0x9E3779B97F4A7C15
+    key = 0
+    for part in (seed, sample, position):
+        key = splitmix((key + part + golden) % 2**64)
+    bits = splitmix((key ^ token) * golden % 2**64) >> 32
+    return -math.log1p(-(bits + 0.5) / 2**32)
+
+
+def hugging_face_scores(logits_V: Tensor, params: SamplingParams) -> Tensor:
+    """The filtered scores of a row as transformers' processors give them, in vLLM's order."""
+    from transformers import (
+        MinPLogitsWarper,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    ids: Any = torch.zeros(1, 1, dtype=torch.int64)
+    scores: Any = TemperatureLogitsWarper(params.temperature)(ids, logits_V[None])
+    if params.min_p > 0:
+        scores = MinPLogitsWarper(params.min_p)(ids, scores)
+    if params.top_k > 0:
+        scores = TopKLogitsWarper(params.top_k)(ids, scores)
+    if params.top_p < 1:
+        scores = TopPLogitsWarper(params.top_p)(ids, scores)
+    return scores[0]
+
+
+def expected_token(scores_V: list[float], row: Row) -> int:
+    race = [
+        (score - math.log(exponential(row.seed, row.sample, row.position, token)), token)
+        for token, score in enumerate(scores_V)
+        if score > -math.inf
+    ]
+    return max(race)[1]
+
+
+filters = st.builds(
+    SamplingParams,
+    temperature=st.floats(0.05, 3),
+    top_k=st.sampled_from([0, -1, 1, 2, 5, 39, 40, 41, 1000]),
+    top_p=st.sampled_from([1.0, 1e-6, 0.999]) | st.floats(0.01, 1),
+    min_p=st.sampled_from([0.0, 0.0, 1.0]) | st.floats(0, 1),
+)
+
+
+def clear_of_the_edge(logits_V: Tensor, params: SamplingParams) -> bool:
+    """Whether no filter cuts so near a token that the reference's float32 decides."""
+    scores = logits_V.double() / params.temperature
+    probs = scores.softmax(-1)
+    near_min_p = (probs / probs.max() - params.min_p).abs() < 1e-5
+    scores[probs < params.min_p * probs.max()] = -math.inf
+    if params.top_k > 0:
+        scores[scores < scores.sort(descending=True).values[: params.top_k][-1]] = -math.inf
+    sums = scores.softmax(-1).sort(descending=True).values.cumsum(0)
+    near_top_p = (sums - params.top_p).abs() < 1e-5
+    return not ((params.min_p < 1 and near_min_p.any()) or (params.top_p < 1 and near_top_p.any()))
+
+
+@settings(deadline=None)
+@given(filters, st.integers(0, 2**31), st.integers(-(2**63), 2**63 - 1), st.integers(0, 3))
+def test_draws_what_transformers_filters_leave(params, logits_seed, seed, sample):
+    logits_V = torch.randn(40, generator=torch.Generator().manual_seed(logits_seed)) * 2
+    assume(clear_of_the_edge(logits_V, params))
+    scores_V = hugging_face_scores(logits_V, params).tolist()
+    rows = [make_row(params, seed, sample, position) for position in range(24)]
+    expected = [expected_token(scores_V, row) for row in rows]
+    logits_RV = logits_V.expand(len(rows), -1)
+    assert draw_rows(logits_RV, rows) == expected
+    assert draw_rows(logits_RV, rows, "sort") == expected
+
+
+@pytest.mark.parametrize("mode", ["top_k", "sort"])
+def test_equals_of_the_last_kept_token_are_kept(mode):
+    """vLLM keeps equals of the k-th logit; 300 draws miss a token of 1/5 once in 10^29 times."""
+    probs_V = torch.tensor([0.1, 0.2, 0.2, 0.2, 0.3])
+    drawn = draw_many(probs_V.log(), SamplingParams(top_k=2), 300, mode=mode)
+    assert set(drawn) == {1, 2, 3, 4}
+    drawn = draw_many(probs_V.log(), SamplingParams(top_k=5, top_p=0.4), 300, mode=mode)
+    assert set(drawn) == {1, 2, 3, 4}
+    # The equals count in the sum that top-p shares out: 0.3 of 0.9 is a third.
+    drawn = draw_many(probs_V.log(), SamplingParams(top_k=2, top_p=0.32), 300, mode=mode)
+    assert set(drawn) == {4}
+    drawn = draw_many(probs_V.log(), SamplingParams(top_k=2, top_p=0.35), 300, mode=mode)
+    assert set(drawn) == {1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("params", [SamplingParams(top_k=100), SamplingParams(top_k=5, top_p=0.9)])
+def test_more_equals_than_candidates(params):
+    logits_V = torch.zeros(3 * MAX_CANDIDATES)
+    logits_V[0] = 3.0
+    drawn = draw_many(logits_V, params, 500)
+    assert drawn == draw_many(logits_V, params, 500, mode="sort")
+    # 500 draws of about 384 tokens show the lowest and the highest quarter of them.
+    assert min(set(drawn) - {0}) < 96
+    assert max(drawn) >= 288
+
+
+bfloat16_rows = st.lists(
+    st.tuples(
+        st.builds(
+            SamplingParams,
+            temperature=st.sampled_from([0.0, 0.5, 1.0, 1.7]),
+            top_k=st.sampled_from([0, 1, 3, 20, MAX_CANDIDATES, MAX_CANDIDATES + 1, 10**6]),
+            top_p=st.sampled_from([0.3, 0.95, 1.0]),
+            min_p=st.sampled_from([0.0, 0.1]),
+        ),
+        st.integers(-(2**63), 2**63 - 1),
+        st.integers(0, 2),
+        st.integers(0, 10**6),
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+@settings(deadline=None)
+@given(bfloat16_rows, st.randoms(use_true_random=False), st.integers(0, 2**31))
+def test_no_neighbour_changes_a_draw(rows, random, logits_seed):
+    """A row alone, in any order and in any mode: the same token. Vocabulary of no round size."""
+    rows = [make_row(*row) for row in rows]
+    generator = torch.Generator().manual_seed(logits_seed)
+    logits_RV = (torch.randn(len(rows), 1003, generator=generator) * 3).bfloat16()  # many equals
+    together = draw_rows(logits_RV, rows)
+    order = list(range(len(rows)))
+    random.shuffle(order)
+    assert draw_rows(logits_RV[order], [rows[r] for r in order]) == [together[r] for r in order]
+    for r, row in enumerate(rows):
+        assert draw_rows(logits_RV[r : r + 1], [row]) == [together[r]]
+        assert draw_rows(logits_RV[r : r + 1], [row], "sort") == [together[r]]
+
+
+@pytest.mark.parametrize("mode", [None, *MODES])
+def test_greedy_takes_the_lowest_of_the_largest(mode):
+    logits_RV = torch.tensor([[0.0, 2.0, 1.0, 2.0], [5.0, -1.0, 5.0, 5.0]])
+    rows = [make_row(SamplingParams(temperature=0, top_k=3, min_p=0.5), seed=r) for r in range(2)]
+    assert draw_rows(logits_RV, rows, mode) == [1, 0]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_impossible_tokens_are_never_drawn(mode):
+    logits_V = torch.full((300,), -math.inf)
+    logits_V[[7, 200]] = torch.tensor([-1000.0, -1000.0])
+    drawn = draw_many(logits_V, SamplingParams(temperature=2.0), 100, mode=mode)
+    assert set(drawn) == {7, 200}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("fill", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_broken_logits_stay_in_range_and_to_themselves(mode, fill, temperature):
+    params = SamplingParams(temperature=temperature, top_k=4, top_p=0.9, min_p=0.1)
+    generator = torch.Generator().manual_seed(0)
+    logits_RV = torch.randn(3, 200, generator=generator)
+    rows = [make_row(params, seed=r) for r in range(3)]
+    healthy = draw_rows(logits_RV, rows, mode)
+    for broken in (slice(None), slice(50, 60), slice(-1, None)):
+        damaged_RV = logits_RV.clone()
+        damaged_RV[1, broken] = fill
+        drawn = draw_rows(damaged_RV, rows, mode)
+        assert (drawn[0], drawn[2]) == (healthy[0], healthy[2])
+        assert 0 <= drawn[1] < 200
+
+
+# --- how often -----------------------------------------------------------------------------------
+
+
+def chi_square_limit(cells: int) -> float:
+    """What chi-square exceeds once in a million times (Laurent and Massart 2000, lemma 1)."""
+    x = math.log(1e6)
+    return cells - 1 + 2 * math.sqrt((cells - 1) * x) + 2 * x
+
+
+def chi_square(counts: Tensor, probs: Tensor) -> float:
+    expected = probs * counts.sum()
+    assert expected.min() > 5
+    return float(((counts - expected) ** 2 / expected).sum())
+
+
+PROBS = torch.tensor([0.4, 0.01, 0.2, 0.05, 0.1, 0.2, 0.03, 0.01], dtype=torch.float64)
+NUM_DRAWS = 20_000
+
+
+def draws_along(keys: list[tuple[int, int, int]], probs_V: Tensor) -> Tensor:
+    rows = [make_row(SamplingParams(), *key) for key in keys]
+    logits_RV = probs_V.log().float().expand(len(rows), -1)
+    return torch.tensor(draw_rows(logits_RV, rows))
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        lambda i: (1, 0, i),
+        lambda i: (1, i, 0),
+        lambda i: (i, 0, 0),
+        lambda i: (i << 44, 0, 0),
+        lambda i: (i % 100, i // 100, i % 100),
+    ],
+    ids=["positions", "samples", "seeds", "high bits of seeds", "mixed"],
+)
+def test_tokens_come_as_often_as_they_should(key):
+    """Also two neighbours in a row: pairs of draws are as frequent as independent ones."""
+    drawn = draws_along([key(i) for i in range(NUM_DRAWS)], PROBS)
+    counts = torch.bincount(drawn, minlength=len(PROBS))
+    assert chi_square(counts, PROBS) < chi_square_limit(len(PROBS))
+    few = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    drawn = draws_along([key(i) for i in range(NUM_DRAWS)], few)
+    pairs = torch.bincount(drawn[:-1] * 3 + drawn[1:], minlength=9)
+    # Pairs overlap: twice the limit covers the dependence of each on the next.
+    assert chi_square(pairs, torch.outer(few, few).flatten()) < 2 * chi_square_limit(9)
+
+
+def test_no_vocabulary_id_is_preferred():
+    """Ids one by one, and by their lowest and highest bits, in uniform draws."""
+    size, count = 256, 16_384
+    drawn = torch.tensor(draw_many(torch.zeros(size), SamplingParams(), count, seed=5))
+    uniform = torch.full((size,), 1 / size, dtype=torch.float64)
+    counts = torch.bincount(drawn, minlength=size)
+    assert chi_square(counts, uniform) < chi_square_limit(size)
+    for groups in (counts.view(2, -1).sum(1), counts.view(-1, 2).sum(0)):
+        half = torch.full((2,), 0.5, dtype=torch.float64)
+        assert chi_square(groups, half) < chi_square_limit(2)
+
+
+def test_noise_is_positive_and_finite_at_its_ends(monkeypatch):
+    zero = torch.zeros(1, dtype=torch.int64)
+    for bits, expected in ((0, 2.0**-33), (-1, 33 * math.log(2))):
+        monkeypatch.setattr(sampling, "_mix", lambda x, bits=bits: torch.full_like(x, bits))
+        noise = sampling._exponential(3, zero, zero, zero)
+        torch.testing.assert_close(noise, torch.full((1, 3), expected, dtype=torch.float64))
+
+
+# --- tensors of a step ---------------------------------------------------------------------------
+
+
+def test_tensors_of_a_step():
+    rows = [
+        make_row(SamplingParams(temperature=0), seed=2**64 - 1, sample=0, position=3),
+        make_row(SamplingParams(temperature=0.5, top_k=7, min_p=0.25), -5, 2, 2**40),
+        make_row(SamplingParams(top_k=-1, top_p=0.5), 2**63, 1, 9),
+        make_row(SamplingParams(top_k=10**9), 2**63 - 1, 1, 0),
+        make_row(SamplingParams(), 0, 0, 1),
+    ]
+    tensors = SamplingTensors.from_rows(rows, 1000, "cpu")
+    assert tensors.temperature_R.tolist() == [0.0, 0.5, 1.0, 1.0, 1.0]
+    assert tensors.top_k_R.tolist() == [1000, 7, 1000, 1000, 1000]
+    assert tensors.top_p_R.tolist() == [1.0, 1.0, 0.5, 1.0, 1.0]
+    assert tensors.min_p_R.tolist() == [0.0, 0.25, 0.0, 0.0, 0.0]
+    assert tensors.seed_R.tolist() == [-1, -5, -(2**63), 2**63 - 1, 0]
+    assert tensors.sample_R.tolist() == [0, 2, 1, 1, 0]
+    assert tensors.position_R.tolist() == [3, 2**40, 9, 0, 1]
+    f, i = torch.float32, torch.int64
+    assert [t.dtype for t in tensors.tensors()] == [f, i, f, f, i, i, i]
+    base = tensors.temperature_R.untyped_storage().data_ptr()
+    assert {t.untyped_storage().data_ptr() for t in tensors.tensors()} == {base}  # one copy
+    assert all((t.data_ptr() - base) % 16 == 0 for t in tensors.tensors())
+
+
+@pytest.mark.parametrize(
+    ("changes", "mode"),
+    [
+        ([{"temperature": 0}, {"temperature": 0, "top_p": 0.5}], "greedy"),
+        ([{}, {"temperature": 0, "top_p": 0.5}], "plain"),
+        ([{"min_p": 0.5}], "plain"),
+        ([{"top_k": 10**6}], "plain"),
+        ([{"top_k": MAX_CANDIDATES, "top_p": 0.5}, {}], "top_k"),
+        ([{"top_k": MAX_CANDIDATES + 1}, {}], "sort"),
+        ([{"top_k": 5}, {"top_p": 0.9}], "sort"),
+    ],
+)
+def test_cheapest_mode(changes, mode):
+    rows = [make_row(SamplingParams(**change)) for change in changes]
+    tensors = SamplingTensors.from_rows(rows, 1000, "cpu")
+    assert tensors.mode == mode
+    assert tensors.needs_sort == (mode in ("top_k", "sort"))
+
+
+# --- edits of the logits -------------------------------------------------------------------------
+
+
+token_lists = st.lists(st.integers(0, 19), max_size=12)
+edit_rows = st.lists(
+    st.builds(
+        make_row,
+        st.builds(
+            SamplingParams,
+            repetition_penalty=st.sampled_from([1.0, 0.5, 1.7]),
+            presence_penalty=st.sampled_from([0.0, -1.5, 2.0]),
+            frequency_penalty=st.sampled_from([0.0, -0.5, 0.25]),
+            logit_bias=st.none() | st.dictionaries(st.integers(0, 19), st.floats(-100, 100)),
+            min_tokens=st.integers(0, 8),
+        ),
+        prompt=token_lists,
+        outputs=token_lists,
+        stop_ids=st.frozensets(st.integers(0, 25), max_size=3),
+    ),
+    min_size=1,
+    max_size=5,
+)
+
+
+def edited_row(logits_V: Tensor, row: Row) -> list[float]:
+    """The definition of each edit, one token at a time, in double precision."""
+    params, logits = row.params, logits_V.tolist()
+    for token in range(len(logits)):
+        if token in row.stop_ids and len(row.output_token_ids) < params.min_tokens:
+            logits[token] = -math.inf
+        logits[token] += dict(params.logit_bias or {}).get(token, 0.0)
+        count = list(row.output_token_ids).count(token)
+        if count or token in row.prompt_token_ids:
+            factor = params.repetition_penalty
+            logits[token] = logits[token] / factor if logits[token] > 0 else logits[token] * factor
+        logits[token] -= params.frequency_penalty * count
+        logits[token] -= params.presence_penalty * (count > 0)
+    return logits
+
+
+@settings(deadline=None)
+@given(edit_rows, st.integers(0, 2**31), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_edits_are_what_they_are_defined_as(rows, logits_seed, dtype):
+    generator = torch.Generator().manual_seed(logits_seed)
+    logits_RV = (torch.randn(len(rows), 20, generator=generator) * 4).to(dtype)
+    before_RV = logits_RV.clone()
+    expected = torch.tensor([edited_row(x, row) for x, row in zip(logits_RV, rows, strict=True)])
+    # Five roundings of numbers up to 200: 5 * 2^-24 * 200.
+    torch.testing.assert_close(edit_logits(logits_RV, rows), expected, rtol=0, atol=6e-5)
+    assert torch.equal(logits_RV, before_RV)  # the raw logits are for the log-probabilities
+    needed = not torch.equal(expected, logits_RV.float())
+    assert SamplingTensors.from_rows(rows, 20, "cpu").needs_edits >= needed
+
+
+def test_repetition_penalty_is_transformers():
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    logits_RV = torch.randn(1, 50, generator=torch.Generator().manual_seed(0))
+    ids = [3, 3, 9, 40, 9]
+    penalise: Any = RepetitionPenaltyLogitsProcessor(1.3)
+    expected = penalise(torch.tensor([ids]), logits_RV.clone())
+    row = make_row(SamplingParams(repetition_penalty=1.3), prompt=ids[:2], outputs=ids[2:])
+    torch.testing.assert_close(edit_logits(logits_RV, [row]), expected, rtol=1e-6, atol=0)
+
+
+@settings(deadline=None)
+@given(token_lists, token_lists)
+def test_counts_kept_between_steps_are_those_of_the_ids(prompt, outputs):
+    params = SamplingParams(repetition_penalty=1.5, frequency_penalty=0.5, presence_penalty=0.5)
+    logits_RV = torch.randn(1, 20, generator=torch.Generator().manual_seed(0))
+    counts = TokenCounts(prompt, 20, CPU)
+    for step in range(len(outputs) + 1):
+        made_anew = make_row(params, prompt=prompt, outputs=outputs[:step])
+        kept = dataclasses.replace(made_anew, counts=counts)
+        assert torch.equal(edit_logits(logits_RV, [kept]), edit_logits(logits_RV, [made_anew]))
+        if step == len(outputs):
+            break
+        # Told of a token as a number, as a tensor, or not at all: then it reads the row's ids.
+        if step % 3 == 0:
+            counts.append(outputs[step])
+        elif step % 3 == 1:
+            counts.append(torch.tensor(outputs[step]))
+
+
+def test_min_tokens_end_with_the_last_of_them():
+    params = SamplingParams(min_tokens=2, temperature=0)
+    logits_RV = torch.tensor([[0.0, 1.0, 5.0, 9.0]])
+    for outputs, expected in (((), 1), ((1,), 1), ((1, 1), 3)):
+        row = make_row(params, outputs=outputs, stop_ids=frozenset({2, 3, 4000}))
+        assert row.needs_edits == (expected == 1)
+        assert draw_rows(edit_logits(logits_RV, [row]), [row]) == [expected]
+
+
+# --- log-probabilities ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [0, 1, 5, 30, 100, -1])
+def test_top_logprobs(k):
+    logits_RV = torch.randn(4, 30, generator=torch.Generator().manual_seed(1)) * 5
+    tokens_R = torch.tensor([0, 29, 7, int(logits_RV[3].argmax())])
+    chosen_R, ranks_R, top_Rk, top_ids_Rk = top_logprobs(logits_RV, tokens_R, k)
+    logprobs_RV = logits_RV.double().log_softmax(-1)
+    # Two roundings of numbers up to 64: 2 * 2^-24 * 64.
+    close = {"rtol": 0, "atol": 8e-6, "check_dtype": False}
+    torch.testing.assert_close(chosen_R, logprobs_RV[range(4), tokens_R], **close)
+    width = {-1: 30, 100: 30}.get(k, k)
+    assert top_Rk.shape == top_ids_Rk.shape == (4, width)
+    assert chosen_R.dtype == top_Rk.dtype == torch.float32
+    torch.testing.assert_close(top_Rk, logprobs_RV.sort(descending=True).values[:, :width], **close)
+    torch.testing.assert_close(top_Rk, logprobs_RV.gather(1, top_ids_Rk), **close)
+    by_rank = logits_RV.sort(descending=True).indices
+    assert [by_rank[r, rank - 1] for r, rank in enumerate(ranks_R.tolist())] == tokens_R.tolist()
+    assert ranks_R[3] == 1
+
+
+def test_ranks_of_equals_are_the_last_ones():
+    _, ranks_R, _, _ = top_logprobs(torch.tensor([[1.0, 2.0, 2.0]] * 3), torch.tensor([0, 1, 2]), 0)
+    assert ranks_R.tolist() == [3, 2, 2]
+
+
+# --- compiled, and on a GPU ----------------------------------------------------------------------
+
+
+MIXED = [
+    {"temperature": 0},
+    {"temperature": 0.7, "top_k": 20, "top_p": 0.8},
+    {"min_p": 0.1},
+    {"temperature": 1.5},
+]
+WITH_TOP_P = [*MIXED, {"top_p": 0.9}, {"top_k": 200}]
+
+
+def batch(num_rows: int, changes: list[dict], vocab_size: int, device: torch.device):
+    rows = [
+        make_row(SamplingParams(**changes[r % len(changes)]), 3 * r - 7, r % 3, 11 * r)
+        for r in range(num_rows)
+    ]
+    generator = torch.Generator().manual_seed(num_rows)
+    logits_RV = torch.randn(num_rows, vocab_size, generator=generator) * 3
+    tensors = SamplingTensors.from_rows(rows, vocab_size, device)
+    return logits_RV.to(device), tensors.tensors()
+
+
+def compiled_like_eager(mode: sampling.Mode, changes: list[dict], device: torch.device) -> None:
+    """One compilation takes every number of rows, and draws what eager on the CPU draws."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(draw, fullgraph=True, backend=counter)
+    for num_rows in (5, 2, 3, 16, 33):
+        logits_RV, tensors = batch(num_rows, changes, 1003, device)
+        for tensor in (logits_RV, *tensors):
+            torch._dynamo.mark_dynamic(tensor, 0, min=2, max=1024)
+        drawn_R = compiled(logits_RV, *tensors, mode=mode)
+        logits_RV, tensors = batch(num_rows, changes, 1003, CPU)
+        assert drawn_R.tolist() == draw(logits_RV, *tensors, mode=mode).tolist()
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize(
+    ("mode", "changes"),
+    [("greedy", MIXED[:1]), ("plain", MIXED[::2]), ("top_k", MIXED), ("sort", WITH_TOP_P)],
+)
+def test_compiled_draw_is_the_eager_one(mode, changes):
+    compiled_like_eager(mode, changes, CPU)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize(
+    ("mode", "changes"), [("plain", MIXED[::2]), ("top_k", MIXED), ("sort", WITH_TOP_P)]
+)
+def test_gpu_draws_what_the_cpu_draws(mode, changes):
+    gpu = torch.device("cuda")
+    compiled_like_eager(mode, changes, gpu)
+    logits_RV, tensors = batch(64, changes, 50_257, CPU)
+    expected = draw(logits_RV, *tensors, mode=mode)
+    logits_RV, tensors = batch(64, changes, 50_257, gpu)
+    assert torch.equal(draw(logits_RV, *tensors, mode=mode).cpu(), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_gpu_edits_do_not_wait_for_the_host():
+    params = SamplingParams(
+        repetition_penalty=1.3, presence_penalty=0.5, logit_bias={3: 2.0}, min_tokens=5
+    )
+    row = make_row(params, prompt=[1, 2, 3], outputs=[4, 4, 19], stop_ids=frozenset({7}))
+    logits_RV = torch.randn(2, 20, generator=torch.Generator().manual_seed(0))
+    expected = edit_logits(logits_RV, [row, row])
+    logits_RV = logits_RV.cuda()
+    counts = TokenCounts([1, 2, 3], 20, "cuda", [4])
+    row = dataclasses.replace(row, counts=counts)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        counts.append(torch.full((), 4, device="cuda"))
+        counts.append(19)
+        edited_RV = edit_logits(logits_RV, [row, row])
+        tensors = SamplingTensors.from_rows([row, row], 20, "cuda")
+        drawn_R = draw(edited_RV, *tensors.tensors(), mode="sort")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(edited_RV.cpu(), expected)
+    assert drawn_R.tolist() == draw_rows(expected, [row, row])
+
+
+def test_sentences_name_what_is_right():
+    with pytest.raises(ValueError, match=re.escape("top_p must be a finite number above 0 and")):
+        SamplingParams(top_p=0)
+    with pytest.raises(ValueError, match="top_k must be a whole number of -1 or more"):
+        SamplingParams(top_k=-7)
+    with pytest.raises(ValueError, match="temperature must be a finite number of 0 or more, not"):
+        SamplingParams(temperature=-1)
