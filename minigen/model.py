@@ -12,24 +12,84 @@ backward of torch 2.13.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import reprlib
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from minigen.kernels import kv_cache_write, paged_attention, varlen_attention
+from minigen.kernels.checks import MAX_HEAD_DIM
 from minigen.weights.checkpoint import Checkpoint, read_config
 
-FAMILIES = ("gemma2", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
+# What each family's config class in transformers assumes for a key that config.json leaves out.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "gemma2": {
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "max_position_embeddings": 8192,
+        "query_pre_attn_scalar": 256,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "sliding_window": 4096,
+        "tie_word_embeddings": True,
+    },
+    "llama": {},
+    "mistral": {
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "sliding_window": 4096,
+    },
+    "phi3": {
+        "max_position_embeddings": 4096,
+        "original_max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+    },
+    "qwen2": {
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 32768,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+    },
+    "qwen3": {
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "max_position_embeddings": 32768,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+    },
+    "smollm3": {
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 32768,
+        "rope_theta": 2000000.0,
+        "no_rope_layer_interval": 4,
+        "tie_word_embeddings": True,
+    },
+}
+FAMILIES = tuple(_DEFAULTS)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _ACTIVATIONS = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+# Keys that each way of scaling rope needs, and those it may have besides.
+_ROPE_NUMBERS = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ()),
+    "yarn": (
+        ("factor",),
+        ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
+    ),
+    "longrope": ((), ("factor", "attention_factor")),
 }
 
 
@@ -71,7 +131,9 @@ class DecoderConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     dtype: torch.dtype = torch.float32
-    original_max_position: int = field(default=0)
+    original_max_position: int = (
+        0  # the length trained before rope was scaled; 0 = not scaled by it
+    )
 
     @property
     def rope_switch(self) -> int:
@@ -86,153 +148,236 @@ class DecoderConfig:
             ValueError: unsupported model type, rope or activation; a key that is missing or odd.
         """
         family = hf.get("model_type")
-        if family not in FAMILIES:
+        if not isinstance(family, str) or family not in FAMILIES:
+            raise _refusal("model_type", family, f"one of {', '.join(FAMILIES)}")
+        values = {"max_position_embeddings": 2048, **_DEFAULTS[family], **hf}
+        if values.get("quantization_config"):
             raise ValueError(
-                f"config.json: model_type {family!r} is not supported; supported are "
-                + ", ".join(FAMILIES)
+                "config.json: quantization_config is set, but quantised weights are not supported"
             )
+        if _flag(values, "use_bidirectional_attention"):
+            raise _refusal("use_bidirectional_attention", True, "false: a decoder is causal")
 
-        def number(key: str, default: int | None = None) -> int:
-            value = hf.get(key)
-            value = default if value is None else value
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"config.json: {key} is {value!r}, a positive integer is needed")
-            return value
-
-        hidden, heads = number("hidden_size"), number("num_attention_heads")
-        layers = number("num_hidden_layers")
-        default_kv = 8 if family == "mistral" and "num_key_value_heads" not in hf else heads
-        kv_heads = number("num_key_value_heads", default_kv)
-        head_dim = number("head_dim", max(1, hidden // heads))
-        if "head_dim" not in hf and hidden % heads:
+        hidden, heads = _integer(values, "hidden_size"), _integer(values, "num_attention_heads")
+        layers = _integer(values, "num_hidden_layers", most=10_000)
+        kv_heads = _integer(values, "num_key_value_heads", heads)
+        if values.get("head_dim") is None and hidden % heads:
             raise ValueError(
                 f"config.json: hidden_size {hidden} is no multiple of num_attention_heads {heads}"
             )
+        head_dim = _integer(values, "head_dim", hidden // heads, most=MAX_HEAD_DIM)
         if heads % kv_heads:
             raise ValueError(
                 f"config.json: num_attention_heads {heads} is no multiple of "
                 f"num_key_value_heads {kv_heads}"
             )
-        max_position = number("max_position_embeddings", 2048)
-        rope, original = _read_rope(hf, max_position)
-        rotary_dim = int(head_dim * float(rope.get("partial_rotary_factor", 1.0)))
-        activation = hf.get("hidden_activation") or hf.get("hidden_act") or "silu"
-        if activation not in _ACTIVATIONS:
-            raise ValueError(
-                f"config.json: hidden_act {activation!r} is not supported; supported are "
-                + ", ".join(_ACTIVATIONS)
-            )
+        max_position = _integer(values, "max_position_embeddings")
+        rope, rotary_dim, original = _read_rope(values, family, head_dim, max_position)
+        layer_rope = _read_layer_rope(values, family, layers)
         gemma = family == "gemma2"
-        scalar = float(hf.get("query_pre_attn_scalar") or head_dim) if gemma else float(head_dim)
-        eos = hf.get("eos_token_id")
+        attention_bias = _flag(values, "attention_bias")
+        has_bias = attention_bias and family in ("gemma2", "llama", "qwen3", "smollm3")
+        scalar = _number(values, "query_pre_attn_scalar") if gemma else float(head_dim)
+        bos = _token_ids(values, "bos_token_id")
         return cls(
             model_type=family,
-            vocab_size=number("vocab_size"),
+            vocab_size=_integer(values, "vocab_size"),
             hidden_size=hidden,
-            intermediate_size=number("intermediate_size"),
+            intermediate_size=_integer(values, "intermediate_size"),
             num_layers=layers,
             num_heads=heads,
             num_kv_heads=kv_heads,
             head_dim=head_dim,
             max_position_embeddings=max_position,
-            rms_norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
-            activation=activation,
-            tie_word_embeddings=bool(hf.get("tie_word_embeddings", gemma)),
+            rms_norm_eps=_number(values, "rms_norm_eps", 1e-6),
+            activation=_choice(
+                values, "hidden_activation" if gemma else "hidden_act", _ACTIVATIONS, "silu"
+            ),
+            tie_word_embeddings=_flag(values, "tie_word_embeddings"),
             rope=rope,
             rotary_dim=rotary_dim,
-            layer_windows=_read_windows(hf, family, layers),
-            layer_rope=_read_layer_rope(hf, family, layers),
+            layer_windows=_read_windows(values, family, layer_rope),
+            layer_rope=layer_rope,
             attention_scale=scalar**-0.5,
-            qkv_bias=family == "qwen2" or bool(hf.get("attention_bias", False)),
-            o_bias=family != "qwen2" and bool(hf.get("attention_bias", False)),
-            mlp_bias=family in ("llama", "smollm3") and bool(hf.get("mlp_bias", False)),
+            qkv_bias=family == "qwen2" or has_bias,
+            o_bias=has_bias,
+            mlp_bias=_flag(values, "mlp_bias") and family in ("llama", "smollm3"),
             qk_norm=family == "qwen3",
             fused_checkpoint=family == "phi3",
             post_norms=gemma,
             norm_offset=1.0 if gemma else 0.0,
             embedding_scale=hidden**0.5 if gemma else 1.0,
-            attention_softcap=float(hf.get("attn_logit_softcapping") or 0.0) if gemma else 0.0,
-            logit_softcap=float(hf.get("final_logit_softcapping") or 0.0) if gemma else 0.0,
-            bos_token_id=hf.get("bos_token_id"),
-            eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
-            dtype=DTYPES.get(
-                str(hf.get("dtype") or hf.get("torch_dtype")).removeprefix("torch."), torch.float32
-            ),
+            attention_softcap=_number(values, "attn_logit_softcapping", 0.0) if gemma else 0.0,
+            logit_softcap=_number(values, "final_logit_softcapping", 0.0) if gemma else 0.0,
+            bos_token_id=bos[0] if bos else None,
+            eos_token_ids=_token_ids(values, "eos_token_id"),
+            dtype=_read_dtype(values),
             original_max_position=original,
         )
 
 
-def _read_rope(hf: dict[str, Any], max_position: int) -> tuple[dict[str, Any], int]:
-    """The rope parameters in transformers 5's form, and the length the model was first trained on."""
-    given = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    if not isinstance(given, dict):
-        raise ValueError(f"config.json: rope parameters are {given!r}, an object is needed")
-    rope = dict(given)
-    rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
-    if rope["rope_type"] == "su":
-        rope["rope_type"] = "longrope"
-    known = ("default", "linear", "llama3", "yarn", "longrope")
-    if rope["rope_type"] not in known:
-        raise ValueError(
-            f"config.json: rope_type {rope['rope_type']!r} is not supported; supported are "
-            + ", ".join(known)
+def _refusal(key: str, value: Any, needed: str) -> ValueError:
+    return ValueError(f"config.json: {key} is {reprlib.repr(value)}, but must be {needed}")
+
+
+def _integer(
+    values: dict[str, Any], key: str, none: int | None = None, most: int = 2**31 - 1
+) -> int:
+    """values[key], a positive integer; `none` takes the place of null or of a missing key."""
+    value = none if values.get(key) is None else values[key]
+    if type(value) is not int or not 1 <= value <= most:
+        raise _refusal(key, value, f"an integer from 1 to {most}")
+    return value
+
+
+def _number(values: dict[str, Any], key: str, none: float | None = None) -> float:
+    """values[key], a positive number; `none` takes the place of null or of a missing key."""
+    if values.get(key) is None and none is not None:
+        return none
+    value = values.get(key)
+    # Bounds in which no formula of this file leaves the range of a double.
+    if not isinstance(value, int | float) or value is True or not 1e-30 < value < 1e30:
+        raise _refusal(key, value, "a positive number")
+    return float(value)
+
+
+def _flag(values: dict[str, Any], key: str) -> bool:
+    value = values.get(key) or False
+    if not isinstance(value, bool):
+        raise _refusal(key, value, "true or false")
+    return value
+
+
+def _choice(values: dict[str, Any], key: str, choices: Collection[str], none: str) -> str:
+    value = none if values.get(key) is None else values[key]
+    if not isinstance(value, str) or value not in choices:
+        raise _refusal(key, value, f"one of {', '.join(choices)}")
+    return value
+
+
+def _token_ids(values: dict[str, Any], key: str) -> tuple[int, ...]:
+    """The ids of a key: null, one id or a list. Some exporters write null as -1."""
+    value = values.get(key)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if any(type(i) is not int for i in ids):
+        raise _refusal(key, value, "a token id, a list of them or null")
+    return tuple(i for i in ids if i >= 0)
+
+
+def _read_dtype(values: dict[str, Any]) -> torch.dtype:
+    key = "torch_dtype" if values.get("dtype") is None else "dtype"
+    value = values.get(key)
+    named = {key: value.removeprefix("torch.") if isinstance(value, str) else value}
+    return DTYPES[_choice(named, key, DTYPES, "float32")]
+
+
+def _read_rope(
+    values: dict[str, Any], family: str, head_dim: int, max_position: int
+) -> tuple[dict[str, Any], int, int]:
+    """(rope parameters in transformers 5's form, rotated part of a head, original_max_position)."""
+    key = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
+    given = {} if values.get(key) is None else values[key]
+    if not isinstance(given, dict) or any(isinstance(entry, dict) for entry in given.values()):
+        raise _refusal(key, given, "one flat object for all layers")
+    kind_key = "type" if given.get("rope_type") is None else "rope_type"
+    kind = given.get(kind_key)
+    if kind == "su" or (kind == "yarn" and family == "phi3"):
+        given, kind_key = {**given, "rope_type": "longrope"}, "rope_type"  # the first Phi-3 files
+    kind = _choice(given, kind_key, _ROPE_NUMBERS, "default")
+
+    def first(key: str) -> dict[str, Any]:
+        return {key: values.get(key) if given.get(key) is None else given[key]}
+
+    rope: dict[str, Any] = {"rope_type": kind}
+    rope["rope_theta"] = _number(first("rope_theta"), "rope_theta", 10000.0)
+    if rope["rope_theta"] <= 1.0:
+        raise _refusal("rope_theta", rope["rope_theta"], "above 1")
+    part = _number(first("partial_rotary_factor"), "partial_rotary_factor", 1.0)
+    rotary_dim = int(head_dim * part)
+    if part > 1.0 or (part < 1.0 and family != "phi3"):
+        needed = "at most 1" if family == "phi3" else f"1 for {family}"
+        raise _refusal("partial_rotary_factor", part, needed)
+    if rotary_dim < 2 or rotary_dim % 2:
+        raise _refusal(
+            "head_dim", head_dim, f"such that an even number is rotated, not {rotary_dim}"
         )
-    rope["rope_theta"] = float(rope.get("rope_theta") or hf.get("rope_theta") or 10000.0)
-    rope.setdefault("partial_rotary_factor", hf.get("partial_rotary_factor") or 1.0)
-    original = (
-        rope.get("original_max_position_embeddings")
-        or hf.get("original_max_position_embeddings")
-        or max_position
-    )
-    needed = {
-        "linear": ("factor",),
-        "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-        "yarn": ("factor",),
-        "longrope": ("short_factor", "long_factor"),
-    }
-    for key in needed.get(rope["rope_type"], ()):
-        if key not in rope:
-            raise ValueError(f"config.json: rope_type {rope['rope_type']!r} needs {key!r}")
-    return rope, int(original)
+
+    needed, optional = _ROPE_NUMBERS[kind]
+    for name in needed:
+        if name not in given:
+            raise ValueError(f"config.json: rope_type {kind!r} needs {name}, which {key} lacks")
+    original = 0
+    if kind in ("llama3", "yarn", "longrope"):
+        name = "original_max_position_embeddings"
+        source = given if values.get(name) is None else values  # Phi-3's key outside wins
+        original = _integer(source, name, max_position)
+        if kind == "longrope" and original == 1:
+            raise _refusal(name, original, "above 1")
+    for name in needed:
+        # A null factor of YaRN is the ratio of the lengths.
+        ratio = max_position / original if kind == "yarn" and name == "factor" else None
+        rope[name] = _number(given, name, ratio)
+    for name in optional:
+        if given.get(name) is not None:
+            rope[name] = _number(given, name)
+    if kind == "yarn":
+        # As transformers reads it: absent is true, null is false.
+        rope["truncate"] = _flag({"truncate": given.get("truncate", True)}, "truncate")
+    if kind == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+        raise _refusal("high_freq_factor", rope["high_freq_factor"], "above low_freq_factor")
+    if kind == "longrope":
+        for name in ("short_factor", "long_factor"):
+            factors = given.get(name)
+            if not isinstance(factors, list) or len(factors) != rotary_dim // 2:
+                raise _refusal(name, factors, f"a list of {rotary_dim // 2} numbers")
+            rope[name] = [_number({name: factor}, name) for factor in factors]
+    return rope, rotary_dim, original
 
 
-def _read_windows(hf: dict[str, Any], family: str, layers: int) -> tuple[int, ...]:
-    window = int(hf.get("sliding_window") or 0)
-    types = hf.get("layer_types")
-    if family == "llama" or (
-        family in ("qwen2", "qwen3", "smollm3") and not hf.get("use_sliding_window", False)
-    ):
+def _read_windows(
+    values: dict[str, Any], family: str, layer_rope: tuple[bool, ...]
+) -> tuple[int, ...]:
+    layers = len(layer_rope)
+    switched = family in ("qwen2", "qwen3", "smollm3")
+    if family == "llama" or (switched and not _flag(values, "use_sliding_window")):
         return (0,) * layers
-    if types is not None:
-        if len(types) != layers:
-            raise ValueError(
-                f"config.json: layer_types names {len(types)} layers, num_hidden_layers {layers}"
-            )
-        return tuple(window if kind == "sliding_attention" else 0 for kind in types)
+    window = 0 if values.get("sliding_window") is None else _integer(values, "sliding_window")
+    types = values.get("layer_types")
+    if types is not None and family != "phi3":
+        if not isinstance(types, list) or len(types) != layers:
+            raise _refusal("layer_types", types, f"a list of num_hidden_layers = {layers} names")
+        kinds = ("full_attention", "sliding_attention")
+        windows = {kind: kind == "sliding_attention" for kind in kinds}
+        return tuple(
+            window * windows[_choice({"layer_types": kind}, "layer_types", kinds, "null")]
+            for kind in types
+        )
     if family == "gemma2":
         return tuple(window if i % 2 == 0 else 0 for i in range(layers))
+    if family == "smollm3":
+        return tuple(0 if rotates else window for rotates in layer_rope)
     if family in ("qwen2", "qwen3"):
-        first = int(hf.get("max_window_layers", layers))
+        first = values.get("max_window_layers")
+        if type(first) is not int or first < 0:
+            raise _refusal("max_window_layers", first, "the index of a layer")
         return tuple(window if i >= first else 0 for i in range(layers))
     return (window,) * layers
 
 
-def _read_layer_rope(hf: dict[str, Any], family: str, layers: int) -> tuple[bool, ...]:
+def _read_layer_rope(values: dict[str, Any], family: str, layers: int) -> tuple[bool, ...]:
     if family != "smollm3":
         return (True,) * layers
-    flags = hf.get("no_rope_layers")  # despite its name, 1 marks a layer that does rotate
+    flags = values.get("no_rope_layers")  # despite its name, 1 marks a layer that does rotate
     if flags is None:
-        interval = int(hf.get("no_rope_layer_interval", 4))
+        interval = _integer(values, "no_rope_layer_interval")
         return tuple((i + 1) % interval != 0 for i in range(layers))
-    if len(flags) != layers:
-        raise ValueError(
-            f"config.json: no_rope_layers names {len(flags)} layers, num_hidden_layers {layers}"
-        )
-    return tuple(bool(flag) for flag in flags)
+    if not isinstance(flags, list) or len(flags) < layers or any(f not in (0, 1) for f in flags):
+        raise _refusal("no_rope_layers", flags, f"a list of num_hidden_layers = {layers} 0s and 1s")
+    return tuple(bool(flag) for flag in flags[:layers])
 
 
 def rope_frequencies(config: DecoderConfig) -> tuple[list[Tensor], float]:
-    """Inverse frequencies [R/2] in fp32 (two sets for long rope: short, long) and the scale of cos and sin.
+    """Inverse frequencies [R/2] in fp32 (long rope: short, long), and the scale of cos and sin.
 
     Sources: RoPE (arXiv 2104.09864), linear interpolation (2306.15595), YaRN (2309.00071, 3.1-3.4),
     LongRoPE (2402.13753), Llama 3.1's model card for llama3.
@@ -258,7 +403,7 @@ def rope_frequencies(config: DecoderConfig) -> tuple[list[Tensor], float]:
             return dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
         low, high = dim_of(rope.get("beta_fast") or 32), dim_of(rope.get("beta_slow") or 1)
-        if rope.get("truncate", True):
+        if rope["truncate"]:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, dim - 1)
         high += 0.001 if low == high else 0
@@ -274,16 +419,14 @@ def rope_frequencies(config: DecoderConfig) -> tuple[list[Tensor], float]:
         if attention is None:
             stretched = factor > 1.0
             attention = math.sqrt(1 + math.log(factor) / math.log(original)) if stretched else 1.0
-        sets = []
-        for key in ("short_factor", "long_factor"):
-            if len(rope[key]) != dim // 2:
-                raise ValueError(
-                    f"config.json: {key} has {len(rope[key])} entries, the rotary dimension "
-                    f"{dim} needs {dim // 2}"
-                )
-            sets.append(inv / torch.tensor(rope[key], dtype=torch.float32))
-        return sets, attention
+        keys = ("short_factor", "long_factor")
+        return [inv / torch.tensor(rope[key], dtype=torch.float32) for key in keys], attention
     return [inv], 1.0
+
+
+def offsets_of(x_Sj: Tensor) -> Tensor:
+    """The offsets [S + 1] of a jagged tensor, whose methods torch's type stubs do not know."""
+    return x_Sj.offsets()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class RMSNorm(nn.Module):
@@ -301,7 +444,7 @@ class RMSNorm(nn.Module):
         return (wide * (self.weight.float() + self.offset)).to(x.dtype)
 
     def jagged(self, x_SjE: Tensor) -> Tensor:
-        return torch.nested.nested_tensor_from_jagged(self(x_SjE.values()), x_SjE.offsets())
+        return torch.nested.nested_tensor_from_jagged(self(x_SjE.values()), offsets_of(x_SjE))
 
 
 @dataclass
@@ -346,7 +489,7 @@ class Attention(nn.Module):
     def forward(self, x_SjE: Tensor, cos_TR: Tensor, sin_TR: Tensor, kv: PagedKV | None) -> Tensor:
         config = self.config
         H, K, D = config.num_heads, config.num_kv_heads, config.head_dim
-        cu_seqlens = x_SjE.offsets()
+        cu_seqlens = offsets_of(x_SjE)
         qkv = self.qkv_proj(x_SjE).values().unflatten(-1, (H + 2 * K, D))
         q_THD, k_TKD, v_TKD = qkv.split((H, K, K), 1)
         if config.qk_norm:
@@ -414,7 +557,9 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig, max_length: int | None = None) -> None:
         super().__init__()
         self.config = config
-        self.max_length = max_length or config.max_position_embeddings
+        self.max_length = config.max_position_embeddings if max_length is None else max_length
+        if self.max_length < 1:
+            raise ValueError(f"max_length is {max_length}, but must be at least 1")
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm_offset)
@@ -423,15 +568,26 @@ class Decoder(nn.Module):
             self.lm_head.weight = self.embed.weight
         self.cos_PR: Tensor
         self.sin_PR: Tensor
+        self.embedding_scale: Tensor
 
     def build_rope(self, device: torch.device) -> None:
-        """Fills the fp32 tables [P, R/2]; P is max_length, twice that for long rope (short, long)."""
+        """Fills the fp32 tables [P, R/2]; P is max_length, twice that for long rope's two sets."""
         frequencies, scale = rope_frequencies(self.config)
         steps = torch.arange(self.max_length, dtype=torch.float32)
         angles_PR = torch.cat([torch.outer(steps, inv) for inv in frequencies])
         # No copy in checkpoints: they are recomputed from the config.
         self.register_buffer("cos_PR", (angles_PR.cos() * scale).to(device), persistent=False)
         self.register_buffer("sin_PR", (angles_PR.sin() * scale).to(device), persistent=False)
+        # Gemma was trained with the scale rounded to the weights' dtype.
+        embedding_scale = torch.tensor(self.config.embedding_scale, dtype=self.embed.weight.dtype)
+        self.register_buffer("embedding_scale", embedding_scale.to(device), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Decoder:
+        super()._apply(fn, recurse)
+        # `.to(torch.bfloat16)` would round the tables: a position of 300 has no bf16.
+        if "cos_PR" in self._buffers and self.cos_PR.dtype != torch.float32:
+            self.build_rope(self.cos_PR.device)
+        return self
 
     @classmethod
     def from_config(
@@ -505,7 +661,10 @@ class Decoder(nn.Module):
                 at + "mlp.", "gate_up_proj", ("gate_proj", "up_proj"), mlp.gate_up_proj,
                 [hidden, hidden], config.fused_checkpoint,
             )  # fmt: skip
-            for name, linear in (("self_attn.o_proj", attention.o_proj), ("mlp.down_proj", mlp.down_proj)):
+            for name, linear in (
+                ("self_attn.o_proj", attention.o_proj),
+                ("mlp.down_proj", mlp.down_proj),
+            ):
                 yield f"{at}{name}.weight", linear.weight.data
                 if linear.bias is not None:
                     yield f"{at}{name}.bias", linear.bias.data
@@ -535,9 +694,7 @@ class Decoder(nn.Module):
         tokens_Sj = torch.nested.nested_tensor_from_jagged(tokens_T, cu_seqlens_S1)
         x_SjE = F.embedding(tokens_Sj, self.embed.weight)
         if self.config.embedding_scale != 1.0:
-            # Rounded to the weights' dtype first, as Gemma was trained.
-            scale = torch.tensor(self.config.embedding_scale, dtype=x_SjE.dtype).item()
-            x_SjE = x_SjE * scale
+            x_SjE = x_SjE * self.embedding_scale
         cos_TR, sin_TR = self.cos_PR[positions_T], self.sin_PR[positions_T]
         for block in self.blocks:
             x_SjE = block(x_SjE, cos_TR, sin_TR, kv)
@@ -550,10 +707,14 @@ class Decoder(nn.Module):
         return cap * torch.tanh(logits_RV / cap) if cap else logits_RV
 
     def forward(self, tokens_Sj: Tensor) -> Tensor:
-        """Jagged token ids [S, j] -> jagged fp32 logits [S, j, V], no cache."""
-        if not tokens_Sj.is_nested or tokens_Sj.layout != torch.jagged:
-            raise ValueError("tokens: a nested jagged tensor [S, j] of token ids is needed")
-        offsets, tokens_T = tokens_Sj.offsets().to(torch.int32), tokens_Sj.values()
+        """Jagged token ids [S, j] -> jagged fp32 logits [S, j, V], no cache.
+
+        Raises:
+            ValueError: not a jagged tensor [S, j] of integers; on the CPU also a token outside
+                the vocabulary or a sequence longer than `max_length` (a GPU is not waited for).
+        """
+        self._check(tokens_Sj)
+        offsets, tokens_T = offsets_of(tokens_Sj).to(torch.int32), tokens_Sj.values()
         lengths_S = offsets.diff()
         rows_T = torch.repeat_interleave(lengths_S, output_size=tokens_T.shape[0])
         positions_T = torch.arange(tokens_T.shape[0], device=offsets.device) - offsets[rows_T]
@@ -562,6 +723,33 @@ class Decoder(nn.Module):
             positions_T = positions_T + long_T * self.max_length
         hidden_TE = self.hidden_states(tokens_T, positions_T, offsets)
         return torch.nested.nested_tensor_from_jagged(self.logits(hidden_TE), offsets)
+
+    def _check(self, tokens_Sj: Tensor) -> None:
+        """Refuses what `forward` cannot take; reads values only on the CPU."""
+        if not tokens_Sj.is_nested or tokens_Sj.layout != torch.jagged:
+            found = f"a dense one {list(tokens_Sj.shape)}" if not tokens_Sj.is_nested else "strided"
+            raise ValueError(f"tokens must be a nested jagged tensor [S, j] of ids, but is {found}")
+        tokens_T = tokens_Sj.values()
+        if tokens_T.dim() != 1 or tokens_T.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                f"tokens must be a jagged tensor [S, j] of int64 or int32, but has "
+                f"{tokens_Sj.dim()} dimensions of {tokens_T.dtype}"
+            )
+        if tokens_Sj.lengths() is not None:  # pyright: ignore[reportAttributeAccessIssue]
+            raise ValueError("tokens has holes between its sequences: call .contiguous() first")
+        if tokens_T.device.type != "cpu" or torch.compiler.is_compiling() or not len(tokens_T):
+            return
+        low, high = (int(token) for token in tokens_T.aminmax())
+        if low < 0 or high >= self.config.vocab_size:
+            raise ValueError(
+                f"tokens holds id {low if low < 0 else high}, but ids must be from 0 to "
+                f"{self.config.vocab_size - 1}"
+            )
+        longest = int(offsets_of(tokens_Sj).diff().max())
+        if longest > self.max_length:
+            raise ValueError(
+                f"tokens holds a sequence of {longest} tokens, but max_length is {self.max_length}"
+            )
 
 
 def _fused(
