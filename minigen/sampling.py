@@ -8,8 +8,6 @@ the same token in any batch, at any place of it, through every `mode` and on eve
 same logits.
 """
 
-# ruff: noqa: N815 - the fields of SamplingTensors carry their shape, too
-
 from __future__ import annotations
 
 import math
@@ -19,6 +17,7 @@ from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 GREEDY_BELOW = 1e-5  # vLLM's limit: a lower temperature is greedy
 MAX_CANDIDATES = 128  # the largest top_k that is served without sorting the vocabulary
@@ -214,7 +213,7 @@ class TokenCounts:
         self.prompt_V = torch.zeros(vocab_size, dtype=torch.bool, device=device)
         self.outputs_V = torch.zeros(vocab_size, dtype=torch.int32, device=device)
         self.num_outputs = 0
-        self.prompt_V[_to_device(prompt_ids, torch.int64, device)] = True
+        self.prompt_V.index_fill_(0, _to_device(prompt_ids, torch.int64, device), True)
         self.catch_up(output_ids)
 
     def append(self, token: int | Tensor) -> None:
@@ -429,8 +428,7 @@ def draw(
         is_left_RC = candidates_RC >= threshold_R1
         mass_RC = ((candidates_RC.double() - peak_R1) / temperature_R1).exp()
         mass_RC = torch.where(is_left_RC, mass_RC, 0.0)
-        above_RC = torch.nn.functional.pad(mass_RC.cumsum(-1)[:, :-1], (1, 0))
-        is_kept_RC = is_left_RC & (above_RC < top_p_R[:, None] * total_R1)
+        is_kept_RC = is_left_RC & (_sum_before(mass_RC) < top_p_R[:, None] * total_R1)
         last_kept_RC = torch.where(is_kept_RC, candidates_RC, math.inf)
         last_kept_R1 = last_kept_RC.amin(-1, keepdim=True).double()
         threshold_R1 = torch.where(top_p_R[:, None] < 1, last_kept_R1, threshold_R1)
@@ -438,6 +436,19 @@ def draw(
     race_RV = scaled_RV - _exponential(logits_RV.shape[1], seed_R, sample_R, position_R).log()
     race_RV = torch.where(logits_RV >= threshold_R1, race_RV, -math.inf)
     return torch.where(is_greedy_R1, logits_RV.double(), race_RV).argmax(-1)
+
+
+def _sum_before(x_RC: Tensor) -> Tensor:
+    """The sum of a row's entries before each entry.
+
+    In two levels, runs of 256 and then their totals: Inductor fails on a long scan (torch 2.11,
+    CUDA, 151,936 entries).
+    """
+    num_entries = x_RC.shape[1]
+    runs = pad(x_RC, (0, -num_entries % 256)).unflatten(1, (-1, 256))
+    within = pad(runs.cumsum(-1), (1, 0))
+    before = pad(within[..., -1].cumsum(-1)[:, :-1], (1, 0))
+    return (before[..., None] + within[..., :-1]).flatten(1)[:, :num_entries]
 
 
 def _exponential(vocab_size: int, seed_R: Tensor, sample_R: Tensor, position_R: Tensor) -> Tensor:
@@ -490,8 +501,9 @@ def edit_logits(logits_RV: Tensor, rows: Sequence[Row]) -> Tensor:
         if token < vocab_size  # a tokenizer may name an end that the model does not have
     ]
     if masked:
-        rows_M, ids_M = _to_device(masked, torch.int64, device).unbind(1)
-        edited_RV[rows_M, ids_M] = -math.inf
+        places = _to_device(masked, torch.int64, device)
+        # The value is made on the device: a number of the host would be copied, and waited for.
+        edited_RV.index_put_(places.unbind(1), edited_RV.new_full((), -math.inf))
 
     biased = []
     for r, row in enumerate(rows):

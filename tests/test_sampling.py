@@ -312,6 +312,14 @@ def test_broken_logits_stay_in_range_and_to_themselves(mode, fill, temperature):
         assert 0 <= drawn[1] < 200
 
 
+@pytest.mark.parametrize("size", [1, 255, 256, 257, 1003])
+def test_sums_before_each_entry(size):
+    x_RC = torch.rand(2, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = [[sum(row[:i]) for i in range(size)] for row in x_RC.tolist()]
+    expected = torch.tensor(expected, dtype=torch.float64)
+    torch.testing.assert_close(sampling._sum_before(x_RC), expected, rtol=1e-12, atol=0)
+
+
 # --- how often -----------------------------------------------------------------------------------
 
 
@@ -568,17 +576,19 @@ def batch(num_rows: int, changes: list[dict], vocab_size: int, device: torch.dev
     return logits_RV.to(device), tensors.tensors()
 
 
-def compiled_like_eager(mode: sampling.Mode, changes: list[dict], device: torch.device) -> None:
+def compiled_like_eager(
+    mode: sampling.Mode, changes: list[dict], vocab_size: int, device: torch.device
+) -> None:
     """One compilation takes every number of rows, and draws what eager on the CPU draws."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("inductor")
     compiled = torch.compile(draw, fullgraph=True, backend=counter)
     for num_rows in (5, 2, 3, 16, 33):
-        logits_RV, tensors = batch(num_rows, changes, 1003, device)
+        logits_RV, tensors = batch(num_rows, changes, vocab_size, device)
         for tensor in (logits_RV, *tensors):
             torch._dynamo.mark_dynamic(tensor, 0, min=2, max=1024)
         drawn_R = compiled(logits_RV, *tensors, mode=mode)
-        logits_RV, tensors = batch(num_rows, changes, 1003, CPU)
+        logits_RV, tensors = batch(num_rows, changes, vocab_size, CPU)
         assert drawn_R.tolist() == draw(logits_RV, *tensors, mode=mode).tolist()
     assert counter.frame_count == 1
 
@@ -588,7 +598,7 @@ def compiled_like_eager(mode: sampling.Mode, changes: list[dict], device: torch.
     [("greedy", MIXED[:1]), ("plain", MIXED[::2]), ("top_k", MIXED), ("sort", WITH_TOP_P)],
 )
 def test_compiled_draw_is_the_eager_one(mode, changes):
-    compiled_like_eager(mode, changes, CPU)
+    compiled_like_eager(mode, changes, 1003, CPU)
 
 
 @pytest.mark.gpu
@@ -598,7 +608,7 @@ def test_compiled_draw_is_the_eager_one(mode, changes):
 )
 def test_gpu_draws_what_the_cpu_draws(mode, changes):
     gpu = torch.device("cuda")
-    compiled_like_eager(mode, changes, gpu)
+    compiled_like_eager(mode, changes, 151_936, gpu)  # Qwen3's vocabulary
     logits_RV, tensors = batch(64, changes, 50_257, CPU)
     expected = draw(logits_RV, *tensors, mode=mode)
     logits_RV, tensors = batch(64, changes, 50_257, gpu)
