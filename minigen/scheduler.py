@@ -1,0 +1,236 @@
+"""Which tokens of which sequences go into the next step. Plain data in, plain data out, no tensor.
+
+A step first takes one token of every sequence that decodes, then chunks of prompts, oldest first,
+until the token budget is spent. When blocks run out the youngest sequence gives its blocks back and
+is computed again later.
+"""
+
+from collections import deque
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+
+from minigen.cache import BlockPool
+
+ROOT, LONG_ROOT = 0, -1  # keys computed with long rope's long factors are another prefix tree
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One sample of a request: its tokens and what of them lies in the cache.
+
+    `max_length` counts prompt and output tokens. A pending token is sampled but not yet read by
+    the host.
+    """
+
+    tokens: list[int]
+    max_length: int
+    samples: bool = True  # False: only the prompt's log-probabilities are wanted
+    use_prefix_cache: bool = True
+    num_prompt: int = field(init=False)
+    row: int = field(default=-1, init=False)  # the row of device state it owns while it runs
+    admissions: int = field(default=0, init=False)
+    arrival: int = field(default=-1, init=False)
+    blocks: list[int] = field(default_factory=list, init=False)
+    nodes: list[int] = field(default_factory=list, init=False)
+    num_computed: int = field(default=0, init=False)
+    num_pending: int = field(default=0, init=False)
+    num_cached: int | None = field(default=None, init=False)  # at the first admission
+    long_rope: bool = field(default=False, init=False)
+    finished: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        self.num_prompt = len(self.tokens)
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens) + self.num_pending
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that can be computed now."""
+        if self.samples and self.length >= self.max_length:
+            return 0  # the last token was sampled; nothing follows it
+        return self.length - self.num_computed
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens [start, start + length) of a sequence; `samples`: its last row gives the next token."""
+
+    sequence: Sequence
+    start: int
+    length: int
+    samples: bool
+
+
+class Scheduler:
+    """Owns the queue, the running set and the blocks.
+
+    Args:
+        pool: blocks; one sequence of `max_length` must fit into all of them.
+        max_num_seqs: rows of device state, sequences that run at once.
+        max_num_batched_tokens: token budget of a step.
+        rope_switch: length above which a sequence is computed with long rope; 0 = never.
+    """
+
+    def __init__(
+        self, pool: BlockPool, max_num_seqs: int, max_num_batched_tokens: int, rope_switch: int = 0
+    ) -> None:
+        if max_num_batched_tokens < max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens {max_num_batched_tokens} is below max_num_seqs "
+                f"{max_num_seqs}: a step must hold a token of every running sequence"
+            )
+        self.pool = pool
+        self.budget = max_num_batched_tokens
+        self.rope_switch = rope_switch
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # oldest first
+        self.num_preemptions = 0
+        self._rows = list(range(max_num_seqs - 1, -1, -1))
+        self._arrivals = 0
+
+    def add(self, sequence: Sequence) -> None:
+        sequence.arrival, self._arrivals = self._arrivals, self._arrivals + 1
+        self.waiting.append(sequence)
+
+    def finish(self, sequence: Sequence) -> None:
+        """Takes a sequence out for good, wherever it is."""
+        sequence.finished = True
+        if sequence.row >= 0:
+            self.running.remove(sequence)
+            self._leave(sequence)
+        else:
+            self.waiting.remove(sequence)
+
+    def reset(self) -> None:
+        """After a failed step: every running sequence is computed again, no prefix is trusted."""
+        for sequence in reversed(self.running):
+            sequence.num_pending = 0
+            self._requeue(sequence)
+        self.running.clear()
+        for sequence in self.waiting:
+            sequence.num_pending = 0
+        self.pool.forget()
+
+    def schedule(self) -> list[Chunk]:
+        """The next step's chunks, decoding sequences first; empty when nothing can run."""
+        budget = self.budget
+        chunks: list[Chunk] = []
+        for sequence in list(self.running):
+            if sequence.row < 0 or sequence.remaining != 1 or sequence.num_computed == 0:
+                continue
+            if self._crosses_switch(sequence):
+                self._restart_long(sequence)
+            elif self._grow(sequence):
+                chunks.append(self._take(sequence, 1))
+                budget -= 1
+        prefilling = [s for s in self.running if s.remaining > 1 or s.num_computed == 0 < s.remaining]
+        for sequence in prefilling:
+            if budget == 0:
+                return chunks
+            chunks.append(self._take(sequence, min(budget, sequence.remaining)))
+            budget -= chunks[-1].length
+        while budget and self.waiting and self._admit(self.waiting[0]):
+            sequence = self.waiting.popleft()
+            self.running.append(sequence)
+            chunks.append(self._take(sequence, min(budget, sequence.remaining)))
+            budget -= chunks[-1].length
+        return chunks
+
+    def _take(self, sequence: Sequence, length: int) -> Chunk:
+        start = sequence.num_computed
+        sequence.num_computed += length
+        whole = sequence.num_computed == sequence.length
+        self._register(sequence)
+        samples = whole and sequence.samples
+        sequence.num_pending += samples
+        return Chunk(sequence, start, length, samples)
+
+    def _register(self, sequence: Sequence) -> None:
+        """Full blocks become findable as soon as their tokens are known and their step is set.
+
+        A step writes a layer's keys before it attends, so sequences of one step may share, too.
+        """
+        if not (sequence.use_prefix_cache and self.pool.enable_prefix_caching):
+            return
+        size = self.pool.block_size
+        known = min(sequence.num_computed, len(sequence.tokens)) // size
+        for i in range(len(sequence.nodes), known):
+            parent = sequence.nodes[-1] if sequence.nodes else self._root(sequence)
+            tokens = sequence.tokens[i * size : (i + 1) * size]
+            sequence.nodes.append(self.pool.register(sequence.blocks[i], parent, tokens))
+
+    @staticmethod
+    def _root(sequence: Sequence) -> int:
+        return LONG_ROOT if sequence.long_rope else ROOT
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Gives a waiting sequence a row and the blocks of all its tokens, or leaves it."""
+        if not self._rows or sequence.num_pending:
+            return False
+        sequence.long_rope = 0 < self.rope_switch < sequence.length
+        if not self._allocate(sequence, spare=len(self.running)):
+            return False
+        sequence.row = self._rows.pop()
+        sequence.admissions += 1
+        if sequence.num_cached is None:
+            sequence.num_cached = sequence.num_computed
+        return True
+
+    def _allocate(self, sequence: Sequence, spare: int) -> bool:
+        pool = self.pool
+        blocks: list[int] = []
+        nodes: list[int] = []
+        if sequence.use_prefix_cache:
+            # The last token is never taken from the cache: its logits are what is wanted.
+            known: Seq[int] = sequence.tokens[: sequence.length - 1]
+            blocks, nodes = pool.match(known, self._root(sequence))
+        pool.share(blocks)
+        missing = pool.blocks_for(sequence.length) - len(blocks)
+        # Blocks for what already runs stay free, or the newcomer would be preempted at once.
+        if pool.num_available < missing + spare:
+            pool.release(blocks)
+            return False
+        sequence.blocks = blocks + pool.allocate(missing)
+        sequence.nodes = nodes
+        sequence.num_computed = len(blocks) * pool.block_size
+        return True
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """Makes room for the next token, by preempting the youngest if need be. False: it was itself."""
+        while self.pool.blocks_for(sequence.length) > len(sequence.blocks):
+            if self.pool.num_available:
+                sequence.blocks += self.pool.allocate(1)
+                continue
+            victim = self.running.pop()
+            self.num_preemptions += 1
+            self._requeue(victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def _crosses_switch(self, sequence: Sequence) -> bool:
+        return 0 < self.rope_switch < sequence.length and not sequence.long_rope
+
+    def _restart_long(self, sequence: Sequence) -> None:
+        """All keys depend on the factors: the sequence starts over, with the long ones."""
+        self.running.remove(sequence)
+        self._requeue(sequence)
+
+    def _requeue(self, sequence: Sequence) -> None:
+        self._leave(sequence)
+        sequence.num_computed = 0
+        # The queue is ordered by arrival, and whoever ran came before whoever waits unstarted.
+        at = 0
+        for at, other in enumerate(self.waiting):  # noqa: B007
+            if other.arrival > sequence.arrival:
+                break
+        else:
+            at = len(self.waiting)
+        self.waiting.insert(at, sequence)
+
+    def _leave(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.blocks)
+        self._rows.append(sequence.row)
+        sequence.blocks, sequence.nodes, sequence.row = [], [], -1
