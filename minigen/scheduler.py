@@ -125,7 +125,9 @@ class Scheduler:
             elif self._grow(sequence):
                 chunks.append(self._take(sequence, 1))
                 budget -= 1
-        prefilling = [s for s in self.running if s.remaining > 1 or s.num_computed == 0 < s.remaining]
+        prefilling = [
+            s for s in self.running if s.remaining > 1 or s.num_computed == 0 < s.remaining
+        ]
         for sequence in prefilling:
             if budget == 0:
                 return chunks
@@ -223,7 +225,7 @@ class Scheduler:
         sequence.num_computed = 0
         # The queue is ordered by arrival, and whoever ran came before whoever waits unstarted.
         at = 0
-        for at, other in enumerate(self.waiting):  # noqa: B007
+        for at, other in enumerate(self.waiting):
             if other.arrival > sequence.arrival:
                 break
         else:

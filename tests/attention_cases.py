@@ -3,7 +3,7 @@
 Shapes: T packed tokens, S sequences, H query heads, K key/value heads, D head dim, N cache blocks,
 B tokens a block, W width of the block table, Q queries and L keys of one sequence.
 """
-# ruff: noqa: N815 - fields carry shape suffixes as well
+
 
 from dataclasses import dataclass
 from typing import NamedTuple

@@ -1,0 +1,374 @@
+"""The step loop: requests come in, steps run, outputs come out.
+
+The host reads a step's tokens after it has launched the next one (on a GPU), so a request that
+stops has at most one surplus token computed, which is thrown away.
+"""
+
+import random
+import time
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+
+from minigen.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from minigen.runner import ChosenLogprobs, Launched, Runner
+from minigen.sampling import Row, SamplingParams, TokenCounts
+from minigen.scheduler import Chunk, Scheduler, Sequence
+from minigen.text import TextStream
+from minigen.weights.tokenizer import Tokenizer
+
+
+@dataclass
+class EngineStats:
+    """Counts since the engine was made."""
+
+    num_steps: int = 0
+    num_prompt_tokens: int = 0  # computed, cached ones not counted
+    num_output_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+    num_waiting: int = 0
+    num_running: int = 0
+    num_free_blocks: int = 0
+
+
+@dataclass(eq=False)
+class _Sample:
+    """One of a request's n continuations."""
+
+    request: "_Request"
+    sequence: Sequence
+    text: TextStream
+    output: CompletionOutput
+    counts: TokenCounts | None
+    output_ids: list[int] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class _Request:
+    request_id: str
+    prompt: str | None
+    prompt_ids: list[int]
+    params: SamplingParams
+    seed: int
+    stop_ids: frozenset[int]
+    metrics: RequestMetrics
+    prompt_logprobs: list[dict[int, Logprob] | None] | None
+    samples: list[_Sample] = field(default_factory=list)
+
+    @property
+    def finished(self) -> bool:
+        return all(sample.sequence.finished for sample in self.samples)
+
+    def snapshot(self) -> RequestOutput:
+        return RequestOutput(
+            self.request_id, self.prompt, self.prompt_ids, self.prompt_logprobs,
+            [sample.output for sample in self.samples], self.finished, self.metrics,
+        )  # fmt: skip
+
+
+class Engine:
+    """Requests by id over one runner.
+
+    Args:
+        runner, scheduler: made for the same cache.
+        tokenizer: None: prompts are token ids, text is empty.
+        eos_token_ids: ids that end a sample unless `ignore_eos`.
+        max_model_len: most tokens of a prompt with its output.
+        seed: the draws of requests without a seed follow from it and their order.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        tokenizer: Tokenizer | None,
+        eos_token_ids: Seq[int],
+        max_model_len: int,
+        seed: int = 0,
+    ) -> None:
+        self.runner, self.scheduler, self.tokenizer = runner, scheduler, tokenizer
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.max_model_len = max_model_len
+        self._seeds = random.Random(seed)
+        self._requests: dict[str, _Request] = {}
+        self._sample_of: dict[Sequence, _Sample] = {}
+        self._in_flight: Launched | None = None
+        self._stats = EngineStats()
+
+    @property
+    def stats(self) -> EngineStats:
+        stats, scheduler = self._stats, self.scheduler
+        stats.num_preemptions = scheduler.num_preemptions
+        stats.num_waiting, stats.num_running = len(scheduler.waiting), len(scheduler.running)
+        stats.num_free_blocks = scheduler.pool.num_available
+        return stats
+
+    def has_unfinished(self) -> bool:
+        return bool(self._requests)
+
+    def add_request(
+        self, request_id: str, prompt: str | Seq[int], params: SamplingParams | None = None
+    ) -> None:
+        """Queues a request.
+
+        Raises:
+            ValueError: the id is in use; the prompt is empty, too long or has unknown token ids;
+                a parameter names a token outside the vocabulary. The engine is left as it was.
+        """
+        params = params or SamplingParams()
+        self._add(request_id, prompt, params, samples=True)
+
+    def add_scoring(self, request_id: str, prompt: str | Seq[int]) -> None:
+        """Queues a prompt whose log-probabilities are wanted and nothing else."""
+        self._add(request_id, prompt, SamplingParams(prompt_logprobs=0), samples=False)
+
+    def _add(
+        self, request_id: str, prompt: str | Seq[int], params: SamplingParams, samples: bool
+    ) -> None:
+        if request_id in self._requests:
+            raise ValueError(f"request id {request_id!r} is in use: give another one")
+        vocab_size = self.runner.model.config.vocab_size
+        params.check_vocabulary(vocab_size)
+        ids = self._prompt_ids(prompt, vocab_size)
+        limit = self.max_model_len - samples
+        if len(ids) > limit:
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens, the context holds {self.max_model_len}"
+                + (" with at least one of the reply" if samples else "")
+                + f": give at most {limit}"
+            )
+        if params.stop and self.tokenizer is None:
+            raise ValueError("stop strings need a tokenizer, and this model has none")
+        max_length = self.max_model_len
+        if params.max_tokens is not None:
+            max_length = min(max_length, len(ids) + params.max_tokens)
+        eos = frozenset() if params.ignore_eos else self.eos_token_ids
+        request = _Request(
+            request_id=request_id,
+            prompt=prompt if isinstance(prompt, str) else None,
+            prompt_ids=ids,
+            params=params,
+            seed=self._seeds.getrandbits(63) if params.seed is None else params.seed,
+            stop_ids=eos | frozenset(params.stop_token_ids or ()),
+            metrics=RequestMetrics(time.perf_counter()),
+            prompt_logprobs=None if params.prompt_logprobs is None else [None] * len(ids),
+        )
+        for index in range(params.n):
+            scored = params.prompt_logprobs is not None and index == 0
+            sequence = Sequence(
+                list(ids), max_length if samples else len(ids), samples, use_prefix_cache=not scored
+            )
+            sample = _Sample(
+                request,
+                sequence,
+                TextStream(
+                    self.tokenizer,
+                    list(params.stop or ()),
+                    params.include_stop_str_in_output,
+                    params.skip_special_tokens,
+                ),
+                CompletionOutput(index, logprobs=None if params.logprobs is None else []),
+                TokenCounts(ids, vocab_size, self.runner.device) if params.has_penalties else None,
+            )
+            if params.logprobs is not None:
+                sample.output.cumulative_logprob = 0.0
+            request.samples.append(sample)
+            self._sample_of[sequence] = sample
+        self._requests[request_id] = request
+        for sample in request.samples:
+            self.scheduler.add(sample.sequence)
+
+    def _prompt_ids(self, prompt: str | Seq[int], vocab_size: int) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError("this model has no tokenizer: give the prompt as token ids")
+            ids = self.tokenizer.encode(prompt)
+        else:
+            ids = list(prompt)
+        for at, token in enumerate(ids):
+            if isinstance(token, bool) or not isinstance(token, int):
+                raise ValueError(f"prompt token {at} is {token!r}: an integer is needed")
+            if not 0 <= token < vocab_size:
+                raise ValueError(
+                    f"prompt token {at} is {token}, the vocabulary has ids 0 to {vocab_size - 1}"
+                )
+        if not ids:
+            raise ValueError("the prompt is empty: give at least one token")
+        return ids
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request at once. Raises ValueError for an id that is not running."""
+        request = self._requests.pop(request_id, None)
+        if request is None:
+            raise ValueError(f"request id {request_id!r} is unknown or has finished")
+        for sample in request.samples:
+            if not sample.sequence.finished:
+                self._end(sample, "abort", None)
+            self._sample_of.pop(sample.sequence, None)
+
+    def step(self) -> list[RequestOutput]:
+        """Runs one step -> the state of every request that got a token, by request."""
+        touched: dict[str, _Request] = {}
+        previous, self._in_flight = self._in_flight, None
+        try:
+            if previous is not None and self._host_decides():
+                self._collect(previous, touched)
+                previous = None
+            launched = self._launch()
+            if previous is not None:
+                self._collect(previous, touched)
+            if launched is not None:
+                if self.runner.device.type == "cuda":
+                    self._in_flight = launched
+                else:
+                    self._collect(launched, touched)
+        except BaseException:
+            # Whatever ran is computed again, with the same draws: no request is lost.
+            self._in_flight = None
+            self.scheduler.reset()
+            raise
+        outputs = [request.snapshot() for request in touched.values()]
+        for request in touched.values():
+            if request.finished and self._requests.pop(request.request_id, None):
+                for sample in request.samples:
+                    self._sample_of.pop(sample.sequence, None)
+        return outputs
+
+    def _host_decides(self) -> bool:
+        """Whether the next draw needs output tokens that the host has not read yet."""
+        return any(
+            (sample := self._sample_of[s]).counts is not None or sample.request.params.min_tokens
+            for s in self.scheduler.running
+        )
+
+    def _launch(self) -> Launched | None:
+        chunks = self.scheduler.schedule()
+        if not chunks:
+            return None
+        rows, most, scored = [], None, {}
+        for i, chunk in enumerate(chunks):
+            sample = self._sample_of[chunk.sequence]
+            params = sample.request.params
+            if chunk.samples:
+                rows.append(self._row(sample, chunk))
+                if params.logprobs is not None:
+                    most = params.logprobs if most is None else _most(most, params.logprobs)
+            wanted = params.prompt_logprobs
+            if wanted is not None and sample.output.index == 0:
+                if chunk.start < chunk.sequence.num_prompt - 1:
+                    scored[i] = wanted
+        launched = self.runner.launch(chunks, rows, most, scored)
+        stats = self._stats
+        stats.num_steps += 1
+        stats.num_prompt_tokens += sum(
+            max(0, min(c.start + c.length, c.sequence.num_prompt) - c.start) for c in chunks
+        )
+        return launched
+
+    def _row(self, sample: _Sample, chunk: Chunk) -> Row:
+        request = sample.request
+        return Row(
+            params=request.params,
+            seed=request.seed,
+            sample=sample.output.index,
+            position=chunk.start + chunk.length,
+            prompt_token_ids=request.prompt_ids,
+            output_token_ids=sample.output_ids,
+            stop_ids=request.stop_ids,
+            counts=sample.counts,
+        )
+
+    def _collect(self, launched: Launched, touched: dict[str, _Request]) -> None:
+        """Reads a step's results into its requests."""
+        tokens, logprobs = launched.wait()
+        now = time.perf_counter()
+        for chunk, scores in launched.scores:
+            sample = self._sample_of.get(chunk.sequence)
+            if sample is not None:
+                self._take_scores(sample.request, chunk, scores)
+        for chunk in launched.chunks:
+            sequence = chunk.sequence
+            if not sequence.samples and not sequence.finished:
+                if chunk.start + chunk.length == sequence.num_prompt:
+                    sample = self._sample_of[sequence]
+                    self._end(sample, "length", None)
+                    touched[sample.request.request_id] = sample.request
+        for i, (chunk, token) in enumerate(zip(launched.sampled, tokens, strict=True)):
+            sequence = chunk.sequence
+            if sequence.finished:
+                continue
+            sequence.num_pending -= 1
+            sequence.tokens.append(token)
+            sample = self._sample_of[sequence]
+            request = sample.request
+            if request.metrics.first_token_time is None:
+                request.metrics.first_token_time = now
+            if request.metrics.num_cached_tokens is None:
+                request.metrics.num_cached_tokens = sequence.num_cached
+                self._stats.num_cached_tokens += sequence.num_cached or 0
+            self._stats.num_output_tokens += 1
+            if logprobs is not None and sample.output.logprobs is not None:
+                self._take_logprobs(sample, token, logprobs, i)
+            self._take_token(sample, token)
+            touched[request.request_id] = request
+
+    def _take_token(self, sample: _Sample, token: int) -> None:
+        request, output, params = sample.request, sample.output, sample.request.params
+        sample.output_ids.append(token)
+        output.token_ids.append(token)
+        may_stop = len(sample.output_ids) >= params.min_tokens
+        if may_stop and token in request.stop_ids:
+            eos = token in self.eos_token_ids and not params.ignore_eos
+            asked = token in (params.stop_token_ids or ())
+            if params.include_stop_str_in_output:
+                sample.text.push(token, may_stop=False)
+            self._end(sample, "stop", token if asked and not eos else None)
+            return
+        stop = sample.text.push(token, may_stop)
+        output.text = sample.text.text
+        if stop is not None:
+            self._end(sample, "stop", stop)
+        elif len(sample.sequence.tokens) >= sample.sequence.max_length:
+            self._end(sample, "length", None)
+
+    def _end(self, sample: _Sample, reason: str, stop_reason: int | str | None) -> None:
+        if not isinstance(stop_reason, str):
+            # Half a character at the end is shown as what it is; it may complete a stop string.
+            stop = sample.text.flush(may_stop=reason != "abort")
+            if stop is not None and reason == "length":
+                reason, stop_reason = "stop", stop
+        output = sample.output
+        output.text = sample.text.text
+        output.finish_reason, output.stop_reason = reason, stop_reason
+        self.scheduler.finish(sample.sequence)
+        if sample.request.finished:
+            sample.request.metrics.finished_time = time.perf_counter()
+
+    def _take_logprobs(self, sample: _Sample, token: int, found: ChosenLogprobs, i: int) -> None:
+        params, output = sample.request.params, sample.output
+        assert output.logprobs is not None and output.cumulative_logprob is not None
+        output.logprobs.append(self._logprobs(token, found, i, params.logprobs or 0))
+        output.cumulative_logprob += found.values_R[i]
+
+    def _take_scores(self, request: _Request, chunk: Chunk, scores: ChosenLogprobs) -> None:
+        assert request.prompt_logprobs is not None
+        top = request.params.prompt_logprobs or 0
+        for i in range(len(scores.values_R)):
+            at = chunk.start + 1 + i
+            request.prompt_logprobs[at] = self._logprobs(request.prompt_ids[at], scores, i, top)
+
+    def _logprobs(self, token: int, found: ChosenLogprobs, i: int, top: int) -> dict[int, Logprob]:
+        """The chosen token first, then the `top` most likely ones (-1 = all)."""
+        entries = {token: Logprob(found.values_R[i], found.ranks_R[i], self._word(token))}
+        ids, values = found.top_ids_Rk[i], found.top_values_Rk[i]
+        count = len(ids) if top == -1 else top
+        for rank, (other, value) in enumerate(zip(ids[:count], values, strict=False), 1):
+            entries.setdefault(other, Logprob(value, rank, self._word(other)))
+        return entries
+
+    def _word(self, token: int) -> str | None:
+        return self.tokenizer.token_text(token) if self.tokenizer else None
+
+
+def _most(a: int, b: int) -> int:
+    return -1 if -1 in (a, b) else max(a, b)

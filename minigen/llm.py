@@ -1,0 +1,343 @@
+"""`LLM`: a model directory in, texts out. The engine below it does the work."""
+
+import itertools
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from minigen.cache import BlockPool
+from minigen.engine import Engine
+from minigen.model import DTYPES, Decoder, DecoderConfig
+from minigen.outputs import RequestOutput
+from minigen.runner import COMPILE_MODES, Runner
+from minigen.sampling import SamplingParams
+from minigen.scheduler import Scheduler
+from minigen.weights.checkpoint import read_config, read_generation_config
+from minigen.weights.hub import resolve_model
+from minigen.weights.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]
+Params = SamplingParams | Sequence[SamplingParams] | None
+# What generation_config.json may set; the other fields keep SamplingParams' defaults.
+GENERATION_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
+class LLM:
+    """A loaded model.
+
+    Args:
+        model: directory in Hugging Face layout, or a hub name.
+        dtype: "auto" (the checkpoint's; float32 where a GPU lacks it), a name or a torch dtype.
+        device: "auto" (cuda if there is one), "cpu" or "cuda[:n]".
+        compile: "eager", "default", "reduce-overhead" or "max-autotune".
+        max_model_len: most tokens of a prompt with its output; default what model and cache allow.
+        max_num_seqs: most sequences that run at once.
+        max_num_batched_tokens: most tokens of a step.
+        num_cache_blocks: size of the cache in blocks; default from the free memory.
+        block_size: tokens of a cache block.
+        enable_prefix_caching: keep full blocks for later requests with the same beginning.
+        gpu_memory_utilization: share of the GPU's memory that may be used in all.
+        compile_in_background: serve uncompiled until the compiled step is ready.
+        progress: show progress bars.
+        seed: for requests without a seed.
+
+    Raises:
+        CheckpointError: the checkpoint is broken. ValueError: an option or the config is wrong.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "auto",
+        compile: str = "default",
+        max_model_len: int | None = None,
+        max_num_seqs: int = 256,
+        max_num_batched_tokens: int = 2048,
+        num_cache_blocks: int | None = None,
+        block_size: int = 16,
+        enable_prefix_caching: bool = True,
+        gpu_memory_utilization: float = 0.9,
+        compile_in_background: bool = False,
+        progress: bool = True,
+        seed: int = 0,
+    ) -> None:
+        if compile not in COMPILE_MODES:
+            raise ValueError(
+                f"compile {compile!r} is unknown: use one of {', '.join(COMPILE_MODES)}"
+            )
+        counts = {
+            "max_model_len": max_model_len,
+            "max_num_seqs": max_num_seqs,
+            "max_num_batched_tokens": max_num_batched_tokens,
+            "num_cache_blocks": num_cache_blocks,
+            "block_size": block_size,
+        }
+        for name, value in counts.items():
+            if value is not None and (isinstance(value, bool) or value < 1):
+                raise ValueError(f"{name} is {value!r}: a positive integer is needed")
+        if not 0 < gpu_memory_utilization <= 1:
+            raise ValueError(
+                f"gpu_memory_utilization is {gpu_memory_utilization}: a share between 0 and 1 is needed"
+            )
+        self.device = _device(device)
+        self.path = resolve_model(model)
+        config = DecoderConfig.from_hf(read_config(self.path))
+        self.dtype = _dtype(dtype, config)
+        self._generation = read_generation_config(self.path)
+        self.tokenizer = Tokenizer.from_dir(self.path)
+        wanted = max_model_len or config.max_position_embeddings
+        decoder = Decoder.from_pretrained(
+            self.path, dtype=self.dtype, device=self.device, max_length=wanted, progress=progress
+        )
+        self.config = config
+        block_bytes = (
+            2 * config.num_layers * block_size * config.num_kv_heads * config.head_dim
+        ) * self.dtype.itemsize
+        if num_cache_blocks is None:
+            reserve = max_num_batched_tokens * (config.hidden_size + config.intermediate_size) * 16
+            reserve += max_num_seqs * config.vocab_size * 32
+            free = _free_memory(self.device, gpu_memory_utilization) - reserve
+            enough = max_num_seqs * -(-wanted // block_size)
+            num_cache_blocks = max(0, min(enough, free // block_bytes))
+        room = num_cache_blocks * block_size
+        if room < 2:
+            raise ValueError("there is no memory left for a cache: use a smaller model or dtype")
+        if max_model_len is not None and room < max_model_len:
+            raise ValueError(
+                f"max_model_len {max_model_len} needs {-(-max_model_len // block_size)} cache blocks, "
+                f"there are {num_cache_blocks}: give at most {room}"
+            )
+        self.max_model_len = min(wanted, room)
+        if self.max_model_len < wanted:
+            warnings.warn(
+                f"the cache holds {room} tokens, so the context is {room} of the model's {wanted}",
+                stacklevel=2,
+            )
+        max_num_seqs = min(max_num_seqs, max_num_batched_tokens)
+        self._runner = Runner(
+            decoder,
+            num_blocks=num_cache_blocks,
+            block_size=block_size,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            compile=compile,
+        )
+        scheduler = Scheduler(
+            BlockPool(num_cache_blocks, block_size, enable_prefix_caching),
+            max_num_seqs,
+            max_num_batched_tokens,
+            config.rope_switch,
+        )
+        self.engine = Engine(
+            self._runner, scheduler, self.tokenizer, self._eos_ids(), self.max_model_len, seed
+        )
+        self._ids = itertools.count()
+        if compile != "eager":
+            bar = progress and not compile_in_background
+            with tqdm(
+                total=1, desc="Compiling", disable=not bar, bar_format="{desc}: {elapsed}"
+            ) as b:
+                self._runner.start_compiling(compile_in_background)
+                b.update()
+            if self.compile_status.startswith("failed") and not compile_in_background:
+                warnings.warn(
+                    f"the step could not be compiled and runs uncompiled ({self.compile_status})",
+                    stacklevel=2,
+                )
+
+    @property
+    def compile_status(self) -> str:
+        """ "eager", "compiling", "ready" or "failed: why"."""
+        return self._runner.compile_status
+
+    def _eos_ids(self) -> list[int]:
+        found = self._generation.get("eos_token_id")
+        if found is None:
+            found = list(self.config.eos_token_ids)
+            if not found and self.tokenizer and self.tokenizer.eos_token_id is not None:
+                found = [self.tokenizer.eos_token_id]
+        ids = found if isinstance(found, list) else [found]
+        good = [i for i in ids if isinstance(i, int) and 0 <= i < self.config.vocab_size]
+        if len(good) < len(ids):
+            warnings.warn(
+                f"eos_token_id {found} has ids outside the vocabulary of {self.config.vocab_size}; "
+                "they are ignored",
+                stacklevel=3,
+            )
+        return good
+
+    def default_params(self, **overrides: Any) -> SamplingParams:
+        """Sampling parameters as the model's authors recommend, with `overrides` on top."""
+        given = self._generation
+        values = {k: given[k] for k in GENERATION_DEFAULTS if given.get(k) is not None}
+        if given.get("do_sample") is False:
+            values = {"temperature": 0.0}
+        return SamplingParams(**{**values, **overrides})
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: Params = None, progress: bool = True
+    ) -> list[RequestOutput]:
+        """Continues every prompt (text or token ids) -> results in the order given.
+
+        Raises ValueError, naming the prompt, before anything runs.
+        """
+        many = _as_list(prompts)
+        every = self._params_for(params, len(many))
+        ids: list[str] = []
+        try:
+            for i, (prompt, one) in enumerate(zip(many, every, strict=True)):
+                request_id = self._new_id()
+                try:
+                    self.engine.add_request(request_id, prompt, one)
+                except ValueError as error:
+                    raise ValueError(f"prompt {i}: {error}") from None
+                ids.append(request_id)
+            return self._run(ids, progress)
+        except BaseException:
+            self._drop(ids)
+            raise
+
+    def chat(
+        self, conversations: Sequence[Any], params: Params = None, progress: bool = True
+    ) -> list[RequestOutput]:
+        """Replies to conversations, each a list of {"role", "content"} messages (or to a single one)."""
+        if self.tokenizer is None or not self.tokenizer.has_chat_template:
+            raise ValueError("this model has no chat template: use generate with a prompt")
+        if conversations and isinstance(conversations[0], dict):
+            conversations = [conversations]
+        prompts = [self.tokenizer.chat_tokens(list(messages)) for messages in conversations]
+        return self.generate(prompts, params, progress)
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
+        """Pieces of the continuation as they come; joined they are `.text`."""
+        params = self.default_params() if params is None else params
+        if params.n != 1:
+            raise ValueError(f"n is {params.n}: a stream has one continuation")
+        request_id = self._new_id()
+        self.engine.add_request(request_id, prompt, params)
+        return self._pieces(request_id)
+
+    def _pieces(self, request_id: str) -> Iterator[str]:
+        shown, finished = 0, False
+        try:
+            while not finished:
+                for output in self.engine.step():
+                    if output.request_id == request_id:
+                        text, finished = output.outputs[0].text, output.finished
+                        if len(text) > shown:
+                            yield text[shown:]
+                            shown = len(text)
+        finally:
+            if not finished:
+                self._drop([request_id])
+
+    def score(
+        self, prompts: Prompt | Sequence[Prompt], progress: bool = True
+    ) -> list[list[float | None]]:
+        """The natural log-probability of every token of every prompt; None for each first one."""
+        many = _as_list(prompts)
+        ids: list[str] = []
+        try:
+            for i, prompt in enumerate(many):
+                request_id = self._new_id()
+                try:
+                    self.engine.add_scoring(request_id, prompt)
+                except ValueError as error:
+                    raise ValueError(f"prompt {i}: {error}") from None
+                ids.append(request_id)
+            outputs = self._run(ids, progress)
+        except BaseException:
+            self._drop(ids)
+            raise
+        scores: list[list[float | None]] = []
+        for output in outputs:
+            found = zip(output.prompt_token_ids, output.prompt_logprobs or [], strict=True)
+            scores.append(
+                [None if entry is None else entry[token].logprob for token, entry in found]
+            )
+        return scores
+
+    def _run(self, ids: list[str], progress: bool) -> list[RequestOutput]:
+        done: dict[str, RequestOutput] = {}
+        waiting = set(ids)
+        with tqdm(total=len(ids), desc="Requests", disable=not progress, delay=2) as bar:
+            while waiting:
+                for output in self.engine.step():
+                    if output.finished and output.request_id in waiting:
+                        waiting.remove(output.request_id)
+                        done[output.request_id] = output
+                        bar.update()
+        return [done[request_id] for request_id in ids]
+
+    def _drop(self, ids: Sequence[str]) -> None:
+        for request_id in ids:
+            try:
+                self.engine.abort(request_id)
+            except ValueError:
+                continue  # it had finished
+
+    def _new_id(self) -> str:
+        return f"llm-{next(self._ids)}"
+
+    def _params_for(self, params: Params, count: int) -> list[SamplingParams]:
+        if params is None:
+            return [self.default_params()] * count
+        if isinstance(params, SamplingParams):
+            return [params] * count
+        if len(params) != count:
+            raise ValueError(
+                f"params has {len(params)} entries for {count} prompts: give one or all"
+            )
+        return list(params)
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    items: list[Any] = list(prompts)
+    return [items] if items and all(isinstance(item, int) for item in items) else items
+
+
+def _device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f'device {device!r} is unknown: use "auto", "cpu" or "cuda"') from None
+    if found.type not in ("cpu", "cuda"):
+        raise ValueError(f'device {device!r} is not supported: use "auto", "cpu" or "cuda"')
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError('device "cuda" was asked for, but torch finds no GPU: use "cpu"')
+    return found
+
+
+def _dtype(dtype: str | torch.dtype, config: DecoderConfig) -> torch.dtype:
+    if dtype == "auto":
+        return config.dtype
+    if isinstance(dtype, torch.dtype) and dtype in DTYPES.values():
+        return dtype
+    if dtype in DTYPES:
+        return DTYPES[str(dtype)]
+    raise ValueError(f"dtype {dtype!r} is unknown: use auto, {', '.join(DTYPES)}")
+
+
+def _free_memory(device: torch.device, utilization: float) -> int:
+    """Bytes that the cache may take."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return int(free - (1 - utilization) * total)
+    # A quarter of what is free: on a CPU the memory is shared with everything else.
+    try:
+        with open("/proc/meminfo") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024 // 4
+    except (OSError, KeyError, ValueError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8
