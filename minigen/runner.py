@@ -25,6 +25,7 @@ from minigen.sampling import Row, SamplingParams, SamplingTensors, draw, edit_lo
 from minigen.scheduler import Chunk
 
 COMPILE_MODES = ("eager", "default", "reduce-overhead", "max-autotune")
+COMPILED_DRAWS = ("greedy", "plain")
 # Rows of prompt log-probabilities whose logits are held at once: 512 x 152k x 4 bytes = 0.3 GB.
 SCORE_ROWS = 512
 
@@ -266,15 +267,15 @@ class Runner:
         if sampled:
             rows = list(sampling_rows)
             if len(rows) == 1:
-                rows.append(
-                    self._null_row(rows[0].params if not rows[0].needs_edits else SamplingParams())
-                )
+                # Of the same mode as the row it keeps company.
+                plain = SamplingParams(temperature=0.0 if rows[0].params.is_greedy else 1.0)
+                rows.append(self._null_row(plain))
             sampling = self._sampling(rows)
-            drawn_R, logits_RV = self._head(
-                hidden_TE, step.last_R, sampling.mode, *sampling.tensors()
-            )
-            if sampling.needs_edits:
-                edited_RV = edit_logits(logits_RV, rows)
+            # Two modes are compiled; the draws that filter run uncompiled on the same logits.
+            mode = sampling.mode if sampling.mode in COMPILED_DRAWS else "greedy"
+            drawn_R, logits_RV = self._head(hidden_TE, step.last_R, mode, *sampling.tensors())
+            if sampling.needs_edits or mode != sampling.mode:
+                edited_RV = edit_logits(logits_RV, rows) if sampling.needs_edits else logits_RV
                 drawn_R = draw(edited_RV, *sampling.tensors(), mode=sampling.mode)
             self.last_tokens_M[step.rows_R] = drawn_R
             if num_logprobs is not None:

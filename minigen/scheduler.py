@@ -200,7 +200,7 @@ class Scheduler:
         return True
 
     def _grow(self, sequence: Sequence) -> bool:
-        """Makes room for the next token, by preempting the youngest if need be. False: it was itself."""
+        """Makes room for the next token by preempting the youngest. False: that was itself."""
         while self.pool.blocks_for(sequence.length) > len(sequence.blocks):
             if self.pool.num_available:
                 sequence.blocks += self.pool.allocate(1)
@@ -223,13 +223,10 @@ class Scheduler:
     def _requeue(self, sequence: Sequence) -> None:
         self._leave(sequence)
         sequence.num_computed = 0
-        # The queue is ordered by arrival, and whoever ran came before whoever waits unstarted.
+        # The queue is ordered by arrival; those older than a sequence that ran are few.
         at = 0
-        for at, other in enumerate(self.waiting):
-            if other.arrival > sequence.arrival:
-                break
-        else:
-            at = len(self.waiting)
+        while at < len(self.waiting) and self.waiting[at].arrival < sequence.arrival:
+            at += 1
         self.waiting.insert(at, sequence)
 
     def _leave(self, sequence: Sequence) -> None:

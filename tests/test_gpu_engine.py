@@ -1,0 +1,81 @@
+"""The engine on a GPU, with the real kernels, compiled and not."""
+
+import pytest
+import torch
+
+from minigen import LLM, SamplingParams
+from minigen.model import Decoder
+
+pytestmark = pytest.mark.gpu
+
+SHAPE = {
+    "vocab_size": 151936,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture(scope="module")
+def qwen3(tmp_path_factory) -> str:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SHAPE)).to(torch.bfloat16)
+    path = tmp_path_factory.mktemp("qwen3")
+    model.save_pretrained(path)
+    return str(path)
+
+
+def _prompts(lengths: list[int]) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(3, 150000, (n,), generator=generator).tolist() for n in lengths]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("compile", ["eager", "default"])
+def test_log_probabilities_agree_with_float64(qwen3: str, dtype: str, compile: str) -> None:
+    llm = LLM(qwen3, dtype=dtype, compile=compile, num_cache_blocks=2048, progress=False)
+    assert llm.compile_status in ("eager", "ready")
+    many = _prompts([1, 2, 17, 64, 300, 1023])
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, logprobs=0)
+    outputs = llm.generate(many, params, progress=False)
+    reference = Decoder.from_pretrained(qwen3, dtype=torch.float32, device="cuda", progress=False)
+    # Activations are rounded to `dtype` about ten times a layer; errors add up like a random walk.
+    tolerance = (
+        4 * torch.finfo(getattr(torch, dtype)).eps * (10 * SHAPE["num_hidden_layers"]) ** 0.5
+    )
+    for prompt, output in zip(many, outputs, strict=True):
+        ids = output.outputs[0].token_ids
+        assert len(ids) == 40
+        text = torch.tensor([*prompt, *ids], device="cuda")
+        offsets = torch.tensor([0, len(text)], device="cuda")
+        with torch.inference_mode():
+            logits = reference(torch.nested.nested_tensor_from_jagged(text, offsets)).values()
+        logits = logits[len(prompt) - 1 : -1].log_softmax(-1)
+        for at, (token, entry) in enumerate(
+            zip(ids, output.outputs[0].logprobs or [], strict=True)
+        ):
+            assert entry[token].logprob == pytest.approx(float(logits[at, token]), abs=tolerance)
+            assert float(logits[at].max() - logits[at, token]) < 2 * tolerance
+
+
+def test_a_crowd_and_a_cache_too_small(qwen3: str) -> None:
+    small = LLM(qwen3, compile="default", num_cache_blocks=96, max_model_len=1024, progress=False)
+    roomy = LLM(qwen3, compile="eager", num_cache_blocks=4096, max_model_len=1024, progress=False)
+    many = _prompts([100 + 13 * i for i in range(40)])
+    params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True, logprobs=1)
+    crowded = small.generate(many, params, progress=False)
+    assert small.engine.stats.num_preemptions > 0
+    for a, b in zip(crowded, roomy.generate(many, params, progress=False), strict=True):
+        left, right = a.outputs[0], b.outputs[0]
+        same = next((i for i in range(30) if left.token_ids[i] != right.token_ids[i]), 30)
+        # Up to the first token that differs, they were as likely; there, the two were a near tie.
+        for i in range(min(same + 1, 30)):
+            one = left.logprobs[i][left.token_ids[i]].logprob
+            other = right.logprobs[i][right.token_ids[i]].logprob
+            assert one == pytest.approx(other, abs=0.25)
