@@ -47,7 +47,7 @@ class BlockPool:
         return -(-num_tokens // self.block_size)
 
     def match(self, tokens: Sequence[int], root: int = 0) -> tuple[list[int], list[int]]:
-        """The longest registered prefix of full blocks -> (its blocks, its nodes). Takes no reference."""
+        """The longest registered prefix -> (its blocks, its nodes). Takes no reference."""
         blocks: list[int] = []
         nodes: list[int] = []
         size, node = self.block_size, root
@@ -82,7 +82,7 @@ class BlockPool:
         return blocks
 
     def register(self, block: int, parent: int, tokens: Sequence[int]) -> int:
-        """Makes a full block's content findable -> its node. A prefix that is known keeps its block."""
+        """Makes a full block findable -> its node. A prefix that is known keeps its block."""
         key = (parent, tuple(tokens))
         known = self._nodes.get(key)
         if known is not None:

@@ -74,7 +74,8 @@ def _check_sampling(overrides: dict[str, Any]) -> None:
     """Refuse values out of range before a model is loaded."""
     from minigen.sampling import SamplingParams
 
-    SamplingParams(**overrides)
+    # Without a limit of its own a reply may fill the context, so min_tokens alone is no mistake.
+    SamplingParams(**{"max_tokens": None, **overrides})
 
 
 # --- where the conversation is read and shown ----------------------------------------------------
@@ -370,7 +371,7 @@ class Chat:
         self._tokenizer = llm.tokenizer
         self._screen = screen
         self._max_tokens: int | None = overrides.pop("max_tokens", None)
-        self._params = llm.default_params(**overrides)
+        self._params = llm.default_params(**{**overrides, "max_tokens": None})
         self._conversation = Conversation(self._tokenizer, llm.max_model_len, system)
         self._replies: list[Reply] = []
         self._last_message: str | None = None  # what /retry asks again

@@ -5,6 +5,7 @@ Nothing here imports torch, so that `--help` answers at once.
 
 import argparse
 import json
+import logging
 import os
 import signal
 import sys
@@ -217,6 +218,8 @@ def load_llm(args: argparse.Namespace, **options: Any) -> "LLM":
     """The LLM that the options describe. Raises ValueError (as CheckpointError) or OSError."""
     from minigen.llm import LLM
 
+    # torch 2.13 warns its own jagged tensors about a rename; a user can do nothing about it.
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     return LLM(
         args.model,
         dtype=args.dtype,

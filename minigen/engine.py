@@ -254,9 +254,9 @@ class Engine:
                 if params.logprobs is not None:
                     most = params.logprobs if most is None else _most(most, params.logprobs)
             wanted = params.prompt_logprobs
-            if wanted is not None and sample.output.index == 0:
-                if chunk.start < chunk.sequence.num_prompt - 1:
-                    scored[i] = wanted
+            in_prompt = chunk.start < chunk.sequence.num_prompt - 1
+            if wanted is not None and sample.output.index == 0 and in_prompt:
+                scored[i] = wanted
         launched = self.runner.launch(chunks, rows, most, scored)
         stats = self._stats
         stats.num_steps += 1
@@ -288,11 +288,11 @@ class Engine:
                 self._take_scores(sample.request, chunk, scores)
         for chunk in launched.chunks:
             sequence = chunk.sequence
-            if not sequence.samples and not sequence.finished:
-                if chunk.start + chunk.length == sequence.num_prompt:
-                    sample = self._sample_of[sequence]
-                    self._end(sample, "length", None)
-                    touched[sample.request.request_id] = sample.request
+            whole = chunk.start + chunk.length == sequence.num_prompt
+            if whole and not sequence.samples and not sequence.finished:
+                sample = self._sample_of[sequence]
+                self._end(sample, "length", None)
+                touched[sample.request.request_id] = sample.request
         for i, (chunk, token) in enumerate(zip(launched.sampled, tokens, strict=True)):
             sequence = chunk.sequence
             if sequence.finished:
@@ -346,7 +346,8 @@ class Engine:
 
     def _take_logprobs(self, sample: _Sample, token: int, found: ChosenLogprobs, i: int) -> None:
         params, output = sample.request.params, sample.output
-        assert output.logprobs is not None and output.cumulative_logprob is not None
+        assert output.logprobs is not None
+        assert output.cumulative_logprob is not None
         output.logprobs.append(self._logprobs(token, found, i, params.logprobs or 0))
         output.cumulative_logprob += found.values_R[i]
 

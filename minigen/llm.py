@@ -84,7 +84,8 @@ class LLM:
                 raise ValueError(f"{name} is {value!r}: a positive integer is needed")
         if not 0 < gpu_memory_utilization <= 1:
             raise ValueError(
-                f"gpu_memory_utilization is {gpu_memory_utilization}: a share between 0 and 1 is needed"
+                f"gpu_memory_utilization is {gpu_memory_utilization}: "
+                "a share between 0 and 1 is needed"
             )
         self.device = _device(device)
         self.path = resolve_model(model)
@@ -111,8 +112,8 @@ class LLM:
             raise ValueError("there is no memory left for a cache: use a smaller model or dtype")
         if max_model_len is not None and room < max_model_len:
             raise ValueError(
-                f"max_model_len {max_model_len} needs {-(-max_model_len // block_size)} cache blocks, "
-                f"there are {num_cache_blocks}: give at most {room}"
+                f"max_model_len {max_model_len} is more than {num_cache_blocks} cache blocks of "
+                f"{block_size} tokens hold: give at most {room}"
             )
         self.max_model_len = min(wanted, room)
         if self.max_model_len < wanted:
@@ -207,7 +208,7 @@ class LLM:
     def chat(
         self, conversations: Sequence[Any], params: Params = None, progress: bool = True
     ) -> list[RequestOutput]:
-        """Replies to conversations, each a list of {"role", "content"} messages (or to a single one)."""
+        """Replies to conversations, each a list of {"role", "content"} messages, or to one."""
         if self.tokenizer is None or not self.tokenizer.has_chat_template:
             raise ValueError("this model has no chat template: use generate with a prompt")
         if conversations and isinstance(conversations[0], dict):

@@ -66,7 +66,7 @@ def _to_host(tensors: tuple[Tensor, ...], num: int) -> ChosenLogprobs:
 
 @dataclass
 class StepTensors:
-    """A step on the device. T and S are at least 2: a compiled dimension of 1 would be a constant."""
+    """A step on the device. T and S are at least 2: a compiled size of 1 would be a constant."""
 
     tokens_T: Tensor  # -1: the token that row `token_rows_T` sampled last
     token_rows_T: Tensor
@@ -256,7 +256,7 @@ class Runner:
         Args:
             chunks: what the scheduler chose.
             sampling_rows: one a chunk that samples, in order.
-            num_logprobs: the most top log-probabilities any row wants (-1 = all); None = nobody any.
+            num_logprobs: the most top log-probabilities a row wants (-1 = all); None = no row any.
             scored: {index of a chunk: number of top log-probabilities} whose prompt is scored.
         """
         sampled = [chunk for chunk in chunks if chunk.samples]

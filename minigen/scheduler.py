@@ -55,7 +55,7 @@ class Sequence:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens [start, start + length) of a sequence; `samples`: its last row gives the next token."""
+    """Tokens [start, start + length) of a sequence; `samples`: the last one gives the next."""
 
     sequence: Sequence
     start: int

@@ -4,7 +4,6 @@ Shapes: T packed tokens, S sequences, H query heads, K key/value heads, D head d
 B tokens a block, W width of the block table, Q queries and L keys of one sequence.
 """
 
-
 from dataclasses import dataclass
 from typing import NamedTuple
 

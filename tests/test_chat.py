@@ -187,7 +187,7 @@ def test_thoughts_that_the_template_drops_do_not_stay(model, llm, tmp_path):
     conversation.add("hello", reply, ids + said, 0)
     ids, _ = conversation.prompt("again", 10)
     assert "well" not in tokenizer.decode(ids, False)
-    assert ids == tokenizer.chat_tokens([*conversation.turns, {"role": "user", "content": "again"}])
+    assert ids == tokenizer.chat_tokens([*conversation.turns, {"role": "user", "content": "again"}])  # pyright: ignore[reportOptionalMemberAccess]
 
 
 # --- the context ---------------------------------------------------------------------------------
@@ -218,7 +218,7 @@ def test_several_turns_dropped_are_counted(llm):
         chat.take(f"message {number}")
     chat.take("hello world, how are you today? " * 20)
     [note] = [note for note in screen.notes if "context is full" in note]
-    count = int(re.search(r"oldest (\d+) turns are dropped", note)[1])
+    count = int(re.search(r"oldest (\d+) turns are dropped", note)[1])  # pyright: ignore[reportOptionalSubscript]
     assert len(chat._conversation.turns) == 2 * (5 - count)
 
 
@@ -394,7 +394,7 @@ def test_model_without_chat_template_continues_text(model, llm, tmp_path, monkey
     assert "no chat template" in screen.notes[1]
     chat.take("Once upon")
     chat.take("")
-    assert prompts == [plain.encode("Once upon"), [plain.bos_token_id]]
+    assert prompts == [plain.encode("Once upon"), [plain.bos_token_id]]  # pyright: ignore[reportOptionalMemberAccess]
     with pytest.raises(ValueError, match="no chat template"):
         chat.take("/system Be brief")
     with pytest.raises(ValueError, match="the context has 256"):
@@ -627,9 +627,9 @@ def test_ctrl_c_in_a_script_ends_it(model, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-    child.stdin.write(b"hello\n")
-    child.stdin.flush()
-    child.stdout.read(1)  # the reply has begun
+    child.stdin.write(b"hello\n")  # pyright: ignore[reportOptionalMemberAccess]
+    child.stdin.flush()  # pyright: ignore[reportOptionalMemberAccess]
+    child.stdout.read(1)  # the reply has begun  # pyright: ignore[reportOptionalMemberAccess]
     child.send_signal(2)
     _, err = child.communicate(timeout=60)
     assert child.returncode == 130
@@ -644,6 +644,7 @@ def test_story_at_a_terminal(user):
     someone.types("")
     someone.sees("Once upon a time, there was a little girl named Lily.")
     someone.sees(r"tokens/s")
+    someone.sees_prompt()
     assert someone.leaves() == 0
 
 
@@ -667,6 +668,7 @@ def test_compiled_step_takes_over(model, user):
     someone.sees(r"compiled step ready")
     someone.types("hello")
     someone.sees(r"\[8 tokens")
+    someone.sees_prompt()
     assert someone.leaves() == 0
 
 

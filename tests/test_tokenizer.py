@@ -239,18 +239,18 @@ def test_bos_is_added_once(tmp_path):
     backend.post_processor = processors.TemplateProcessing(
         single="<|im_start|> $A", special_tokens=[("<|im_start|>", bos)]
     )
-    assert saved(tmp_path, backend, add_bos_token=True, **config).encode("a").count(bos) == 1
+    assert saved(tmp_path, backend, add_bos_token=True, **config).encode("a").count(bos) == 1  # pyright: ignore[reportArgumentType]
 
 
 def test_special_tokens_of_the_map_beside_it(tmp_path):
     (tmp_path / "special_tokens_map.json").write_text('{"eos_token": "<|im_end|>"}')
     tokenizer = saved(tmp_path, built_backend("bytes"))
-    assert tokenizer.decode([tokenizer.eos_token_id]) == ""
-    assert tokenizer.decode([tokenizer.eos_token_id], skip_special_tokens=False) == "<|im_end|>"
+    assert tokenizer.decode([tokenizer.eos_token_id]) == ""  # pyright: ignore[reportArgumentType]
+    assert tokenizer.decode([tokenizer.eos_token_id], skip_special_tokens=False) == "<|im_end|>"  # pyright: ignore[reportArgumentType]
     assert tokenizer.bos_token_id is None
     config = {"eos_token": "<|im_start|>"}
     assert saved(tmp_path, built_backend("bytes"), **config).eos_token_id == (
-        tokenizer.eos_token_id - 1
+        tokenizer.eos_token_id - 1  # pyright: ignore[reportOptionalOperand]
     )
 
 
@@ -296,7 +296,7 @@ def rendered(tmp_path: Path, template: object, content: object = "a", **variable
         tmp_path, built_backend("bytes"), chat_template=template, eos_token="<|im_end|>"
     )
     messages = [{"role": "user", "content": content}]
-    return tokenizer.decode(tokenizer.chat_tokens(messages, **variables), skip_special_tokens=False)
+    return tokenizer.decode(tokenizer.chat_tokens(messages, **variables), skip_special_tokens=False)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(
@@ -439,7 +439,7 @@ def test_renders_as_transformers_does(
         source = (directory(name) / "chat_templates" / f"{template}.jinja").read_text()
     try:
         expected = reference(directory(name)).apply_chat_template(
-            messages,
+            messages,  # pyright: ignore[reportArgumentType]
             tools=tools,
             chat_template=source,
             add_generation_prompt=prompt,
