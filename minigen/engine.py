@@ -143,6 +143,7 @@ class Engine:
         if params.max_tokens is not None:
             max_length = min(max_length, len(ids) + params.max_tokens)
         eos = frozenset() if params.ignore_eos else self.eos_token_ids
+        unscored: list[dict[int, Logprob] | None] = [None] * len(ids)
         request = _Request(
             request_id=request_id,
             prompt=prompt if isinstance(prompt, str) else None,
@@ -151,7 +152,7 @@ class Engine:
             seed=self._seeds.getrandbits(63) if params.seed is None else params.seed,
             stop_ids=eos | frozenset(params.stop_token_ids or ()),
             metrics=RequestMetrics(time.perf_counter()),
-            prompt_logprobs=None if params.prompt_logprobs is None else [None] * len(ids),
+            prompt_logprobs=None if params.prompt_logprobs is None else unscored,
         )
         for index in range(params.n):
             scored = params.prompt_logprobs is not None and index == 0

@@ -180,13 +180,13 @@ def test_turn_prefills_only_what_is_new(llm, monkeypatch):
 
 def test_thoughts_that_the_template_drops_do_not_stay(model, llm, tmp_path):
     tokenizer = Tokenizer.from_dir(variant(model, tmp_path / "forgetful", FORGETFUL))
-    conversation = Conversation(tokenizer, 256)
+    conversation = Conversation(tokenizer, 256)  # pyright: ignore[reportArgumentType]
     ids, _ = conversation.prompt("hello", 10)
     reply = "well</think>hi"
     said = other_spelling(tokenizer, reply)
     conversation.add("hello", reply, ids + said, 0)
     ids, _ = conversation.prompt("again", 10)
-    assert "well" not in tokenizer.decode(ids, False)
+    assert "well" not in tokenizer.decode(ids, False)  # pyright: ignore[reportOptionalMemberAccess]
     assert ids == tokenizer.chat_tokens([*conversation.turns, {"role": "user", "content": "again"}])  # pyright: ignore[reportOptionalMemberAccess]
 
 

@@ -35,8 +35,8 @@ def main(directory):
             "name a newer one with PYTHON=...".format(sys.executable, *sys.version_info[:2])
         )
     try:
-        import ensurepip
-        import venv
+        import ensurepip  # noqa: F401
+        import venv  # noqa: F401
     except ImportError:
         sys.exit(
             f"minigen needs Python's venv, which {sys.executable} lacks: install it "

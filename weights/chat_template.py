@@ -23,7 +23,7 @@ _DIRECTORIES = ("additional_chat_templates", "chat_templates")
 class GenerationBlock(Extension):
     """`{% generation %}` marks an assistant's words for training masks; here it only renders."""
 
-    tags = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it as an instance's
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
