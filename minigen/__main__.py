@@ -1,8 +1,10 @@
 """`python -m minigen`: chat with a checkpoint, or generate from many prompts at once."""
 
 import argparse
+import contextlib
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 
@@ -124,5 +126,15 @@ def _parser() -> cli.Parser:
     return parser
 
 
+def _leave(code: int) -> None:
+    """Ends the process; a thread that still compiles would abort an ordinary end."""
+    if any(thread.name == "minigen-compile" for thread in threading.enumerate()):
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                stream.flush()
+        os._exit(code)
+    raise SystemExit(code)
+
+
 if __name__ == "__main__":
-    raise SystemExit(main())
+    _leave(main())

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
+from torch.nested._internal.nested_tensor import nested_view_from_values_offsets
 
 from minigen.kernels import kv_cache_write, paged_attention, varlen_attention
 from minigen.kernels.checks import MAX_HEAD_DIM
@@ -429,6 +430,15 @@ def offsets_of(x_Sj: Tensor) -> Tensor:
     return x_Sj.offsets()  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def jagged(values_T: Tensor, offsets_S1: Tensor) -> Tensor:
+    """The jagged tensor [S, j, ...] over packed values; no copy."""
+    if torch.compiler.is_compiling():
+        return torch.nested.nested_tensor_from_jagged(values_T, offsets_S1)
+    # The public function refuses to run while another thread traces (torch 2.11 asks a flag of the
+    # whole process), and chat answers uncompiled while a thread compiles.
+    return nested_view_from_values_offsets(values_T, offsets_S1)
+
+
 class RMSNorm(nn.Module):
     """Root mean square norm over the last dimension, computed in fp32 (arXiv 1910.07467)."""
 
@@ -444,7 +454,7 @@ class RMSNorm(nn.Module):
         return (wide * (self.weight.float() + self.offset)).to(x.dtype)
 
     def jagged(self, x_SjE: Tensor) -> Tensor:
-        return torch.nested.nested_tensor_from_jagged(self(x_SjE.values()), offsets_of(x_SjE))
+        return jagged(self(x_SjE.values()), offsets_of(x_SjE))
 
 
 @dataclass
@@ -510,7 +520,7 @@ class Attention(nn.Module):
             out_THD = paged_attention(
                 q_THD, k_cache, v_cache, cu_seqlens, kv.kv_lens_S, kv.block_table_SW, **options
             )
-        out = torch.nested.nested_tensor_from_jagged(out_THD.flatten(1), cu_seqlens)
+        out = jagged(out_THD.flatten(1), cu_seqlens)
         return self.o_proj(out)
 
 
@@ -691,7 +701,7 @@ class Decoder(nn.Module):
         tokens_T, positions_T int64 (positions are rows of the rope table: long rope's long
         factors start at row `max_length`), cu_seqlens_S1 int32 from 0 to T.
         """
-        tokens_Sj = torch.nested.nested_tensor_from_jagged(tokens_T, cu_seqlens_S1)
+        tokens_Sj = jagged(tokens_T, cu_seqlens_S1)
         x_SjE = F.embedding(tokens_Sj, self.embed.weight)
         if self.config.embedding_scale != 1.0:
             x_SjE = x_SjE * self.embedding_scale
@@ -722,7 +732,7 @@ class Decoder(nn.Module):
             long_T = lengths_S[rows_T] > self.config.rope_switch
             positions_T = positions_T + long_T * self.max_length
         hidden_TE = self.hidden_states(tokens_T, positions_T, offsets)
-        return torch.nested.nested_tensor_from_jagged(self.logits(hidden_TE), offsets)
+        return jagged(self.logits(hidden_TE), offsets)
 
     def _check(self, tokens_Sj: Tensor) -> None:
         """Refuses what `forward` cannot take; reads values only on the CPU."""

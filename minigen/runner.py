@@ -25,6 +25,7 @@ from minigen.sampling import Row, SamplingParams, SamplingTensors, draw, edit_lo
 from minigen.scheduler import Chunk
 
 COMPILE_MODES = ("eager", "default", "reduce-overhead", "max-autotune")
+COMPILE_THREAD = "minigen-compile"
 COMPILED_DRAWS = ("greedy", "plain")
 # Rows of prompt log-probabilities whose logits are held at once: 512 x 152k x 4 bytes = 0.3 GB.
 SCORE_ROWS = 512
@@ -162,7 +163,9 @@ class Runner:
         old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             args = (torch.get_num_threads(),)
-            threading.Thread(target=self._compile, args=args, daemon=True).start()
+            threading.Thread(
+                target=self._compile, args=args, daemon=True, name=COMPILE_THREAD
+            ).start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, old)
 

@@ -250,6 +250,15 @@ def test_a_failed_step_loses_no_request() -> None:
     assert outputs[0].outputs[0].token_ids == greedy(decoder(), prompt, 8)
 
 
+def test_steps_run_while_another_thread_traces(monkeypatch) -> None:
+    # torch keeps this flag for the whole process; chat answers uncompiled while a thread compiles.
+    monkeypatch.setattr(torch.fx._symbolic_trace, "_is_fx_tracing_flag", True, raising=False)
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    tokens = run(engine(), [[5, 6, 7]], [params])
+    monkeypatch.undo()
+    assert tokens == [[greedy(decoder(), [5, 6, 7], 4)]]
+
+
 def test_prefixes_are_reused_and_counted() -> None:
     made, prompt = engine(), list(range(1, 24))
     params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
