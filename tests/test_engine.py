@@ -252,7 +252,8 @@ def test_a_failed_step_loses_no_request() -> None:
 
 def test_steps_run_while_another_thread_traces(monkeypatch) -> None:
     # torch keeps this flag for the whole process; chat answers uncompiled while a thread compiles.
-    monkeypatch.setattr(torch.fx._symbolic_trace, "_is_fx_tracing_flag", True, raising=False)
+    flag = "torch.fx._symbolic_trace._is_fx_tracing_flag"
+    monkeypatch.setattr(flag, True, raising=False)
     params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
     tokens = run(engine(), [[5, 6, 7]], [params])
     monkeypatch.undo()
