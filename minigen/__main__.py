@@ -128,7 +128,9 @@ def _parser() -> cli.Parser:
 
 def _leave(code: int) -> None:
     """Ends the process; a thread that still compiles would abort an ordinary end."""
-    if any(thread.name == "minigen-compile" for thread in threading.enumerate()):
+    # Not imported here: `--help` need not wait for torch. Who has not loaded it has no thread.
+    runner = sys.modules.get("minigen.runner")
+    if runner and any(t.name == runner.COMPILE_THREAD for t in threading.enumerate()):
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError, AttributeError):
                 stream.flush()

@@ -40,7 +40,6 @@ class _Sample:
     text: TextStream
     output: CompletionOutput
     counts: TokenCounts | None
-    output_ids: list[int] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -274,7 +273,7 @@ class Engine:
             sample=sample.output.index,
             position=chunk.start + chunk.length,
             prompt_token_ids=request.prompt_ids,
-            output_token_ids=sample.output_ids,
+            output_token_ids=sample.output.token_ids,
             stop_ids=request.stop_ids,
             counts=sample.counts,
         )
@@ -315,9 +314,8 @@ class Engine:
 
     def _take_token(self, sample: _Sample, token: int) -> None:
         request, output, params = sample.request, sample.output, sample.request.params
-        sample.output_ids.append(token)
         output.token_ids.append(token)
-        may_stop = len(sample.output_ids) >= params.min_tokens
+        may_stop = len(output.token_ids) >= params.min_tokens
         if may_stop and token in request.stop_ids:
             eos = token in self.eos_token_ids and not params.ignore_eos
             asked = token in (params.stop_token_ids or ())

@@ -3,7 +3,8 @@
 import itertools
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,12 @@ from tqdm import tqdm
 
 from minigen.cache import BlockPool
 from minigen.engine import Engine
-from minigen.model import DTYPES, Decoder, DecoderConfig
+from minigen.model import DTYPES, Decoder
 from minigen.outputs import RequestOutput
-from minigen.runner import COMPILE_MODES, Runner
+from minigen.runner import Runner, check_compile_mode
 from minigen.sampling import SamplingParams
 from minigen.scheduler import Scheduler
-from minigen.weights.checkpoint import read_config, read_generation_config
+from minigen.weights.checkpoint import read_generation_config
 from minigen.weights.hub import resolve_model
 from minigen.weights.tokenizer import Tokenizer
 
@@ -32,7 +33,7 @@ class LLM:
 
     Args:
         model: directory in Hugging Face layout, or a hub name.
-        dtype: "auto" (the checkpoint's; float32 where a GPU lacks it), a name or a torch dtype.
+        dtype: "auto" (the checkpoint's), a name or a torch dtype.
         device: "auto" (cuda if there is one), "cpu" or "cuda[:n]".
         compile: "eager", "default", "reduce-overhead" or "max-autotune".
         max_model_len: most tokens of a prompt with its output; default what model and cache allow.
@@ -68,10 +69,7 @@ class LLM:
         progress: bool = True,
         seed: int = 0,
     ) -> None:
-        if compile not in COMPILE_MODES:
-            raise ValueError(
-                f"compile {compile!r} is unknown: use one of {', '.join(COMPILE_MODES)}"
-            )
+        check_compile_mode(compile)
         counts = {
             "max_model_len": max_model_len,
             "max_num_seqs": max_num_seqs,
@@ -89,15 +87,18 @@ class LLM:
             )
         self.device = _device(device)
         self.path = resolve_model(model)
-        config = DecoderConfig.from_hf(read_config(self.path))
-        self.dtype = _dtype(dtype, config)
+        known_dtype = _dtype(dtype)
         self._generation = read_generation_config(self.path)
         self.tokenizer = Tokenizer.from_dir(self.path)
-        wanted = max_model_len or config.max_position_embeddings
         decoder = Decoder.from_pretrained(
-            self.path, dtype=self.dtype, device=self.device, max_length=wanted, progress=progress
+            self.path,
+            dtype=known_dtype,
+            device=self.device,
+            max_length=max_model_len,
+            progress=progress,
         )
-        self.config = config
+        self.config, self.dtype = decoder.config, decoder.embed.weight.dtype
+        config, wanted = self.config, decoder.max_length
         block_bytes = (
             2 * config.num_layers * block_size * config.num_kv_heads * config.head_dim
         ) * self.dtype.itemsize
@@ -191,19 +192,9 @@ class LLM:
         """
         many = _as_list(prompts)
         every = self._params_for(params, len(many))
-        ids: list[str] = []
-        try:
-            for i, (prompt, one) in enumerate(zip(many, every, strict=True)):
-                request_id = self._new_id()
-                try:
-                    self.engine.add_request(request_id, prompt, one)
-                except ValueError as error:
-                    raise ValueError(f"prompt {i}: {error}") from None
-                ids.append(request_id)
-            return self._run(ids, progress)
-        except BaseException:
-            self._drop(ids)
-            raise
+        requests = zip(many, every, strict=True)
+        adds = [partial(self.engine.add_request, prompt=p, params=one) for p, one in requests]
+        return self._serve(adds, progress)
 
     def chat(
         self, conversations: Sequence[Any], params: Params = None, progress: bool = True
@@ -243,20 +234,8 @@ class LLM:
         self, prompts: Prompt | Sequence[Prompt], progress: bool = True
     ) -> list[list[float | None]]:
         """The natural log-probability of every token of every prompt; None for each first one."""
-        many = _as_list(prompts)
-        ids: list[str] = []
-        try:
-            for i, prompt in enumerate(many):
-                request_id = self._new_id()
-                try:
-                    self.engine.add_scoring(request_id, prompt)
-                except ValueError as error:
-                    raise ValueError(f"prompt {i}: {error}") from None
-                ids.append(request_id)
-            outputs = self._run(ids, progress)
-        except BaseException:
-            self._drop(ids)
-            raise
+        adds = [partial(self.engine.add_scoring, prompt=p) for p in _as_list(prompts)]
+        outputs = self._serve(adds, progress)
         scores: list[list[float | None]] = []
         for output in outputs:
             found = zip(output.prompt_token_ids, output.prompt_logprobs or [], strict=True)
@@ -265,16 +244,32 @@ class LLM:
             )
         return scores
 
-    def _run(self, ids: list[str], progress: bool) -> list[RequestOutput]:
+    def _serve(self, adds: Sequence[Callable[[str], None]], progress: bool) -> list[RequestOutput]:
+        """Queues a request by each of `adds`, which take its id, and runs until all have finished.
+
+        Whatever ends it early, none of them stays in the engine.
+        """
+        ids: list[str] = []
         done: dict[str, RequestOutput] = {}
-        waiting = set(ids)
-        with tqdm(total=len(ids), desc="Requests", disable=not progress, delay=2) as bar:
-            while waiting:
-                for output in self.engine.step():
-                    if output.finished and output.request_id in waiting:
-                        waiting.remove(output.request_id)
-                        done[output.request_id] = output
-                        bar.update()
+        try:
+            for i, add in enumerate(adds):
+                request_id = self._new_id()
+                try:
+                    add(request_id)
+                except ValueError as error:
+                    raise ValueError(f"prompt {i}: {error}") from None
+                ids.append(request_id)
+            waiting = set(ids)
+            with tqdm(total=len(ids), desc="Requests", disable=not progress, delay=2) as bar:
+                while waiting:
+                    for output in self.engine.step():
+                        if output.finished and output.request_id in waiting:
+                            waiting.remove(output.request_id)
+                            done[output.request_id] = output
+                            bar.update()
+        except BaseException:
+            self._drop(ids)
+            raise
         return [done[request_id] for request_id in ids]
 
     def _drop(self, ids: Sequence[str]) -> None:
@@ -320,9 +315,10 @@ def _device(device: str | torch.device) -> torch.device:
     return found
 
 
-def _dtype(dtype: str | torch.dtype, config: DecoderConfig) -> torch.dtype:
+def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    """None for "auto": the checkpoint says."""
     if dtype == "auto":
-        return config.dtype
+        return None
     if isinstance(dtype, torch.dtype) and dtype in DTYPES.values():
         return dtype
     if dtype in DTYPES:

@@ -31,6 +31,12 @@ COMPILED_DRAWS = ("greedy", "plain")
 SCORE_ROWS = 512
 
 
+def check_compile_mode(compile: str) -> None:
+    """Raises ValueError for a word that is none of `COMPILE_MODES`."""
+    if compile not in COMPILE_MODES:
+        raise ValueError(f"compile {compile!r} is unknown: use one of {', '.join(COMPILE_MODES)}")
+
+
 @dataclass
 class ChosenLogprobs:
     """Log-probabilities of R tokens, on the host: chosen token and its rank, and the top k."""
@@ -100,10 +106,7 @@ class Runner:
         max_num_batched_tokens: int,
         compile: str = "default",
     ) -> None:
-        if compile not in COMPILE_MODES:
-            raise ValueError(
-                f"compile {compile!r} is unknown: use one of {', '.join(COMPILE_MODES)}"
-            )
+        check_compile_mode(compile)
         config = model.config
         parameter = model.embed.weight
         self.model, self.device = model, parameter.device
@@ -191,9 +194,8 @@ class Runner:
                     for tensor in (step.last_R, *sampling.tensors()):
                         torch._dynamo.mark_dynamic(tensor, 0, min=2, max=self.max_num_seqs + 1)
                     head(hidden_TE, step.last_R, sampling.mode, *sampling.tensors())
-        except (
-            Exception
-        ) as error:  # no compiler, no headers, a bug of the compiler: eager serves on
+        # No compiler, no headers, a bug of the compiler: the uncompiled step serves on.
+        except Exception as error:
             reason = str(error).strip().splitlines()
             self._status = f"failed: {type(error).__name__}: {reason[0] if reason else 'no reason'}"
             return

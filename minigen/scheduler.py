@@ -28,7 +28,6 @@ class Sequence:
     use_prefix_cache: bool = True
     num_prompt: int = field(init=False)
     row: int = field(default=-1, init=False)  # the row of device state it owns while it runs
-    admissions: int = field(default=0, init=False)
     arrival: int = field(default=-1, init=False)
     blocks: list[int] = field(default_factory=list, init=False)
     nodes: list[int] = field(default_factory=list, init=False)
@@ -175,7 +174,6 @@ class Scheduler:
         if not self._allocate(sequence, spare=len(self.running)):
             return False
         sequence.row = self._rows.pop()
-        sequence.admissions += 1
         if sequence.num_cached is None:
             sequence.num_cached = sequence.num_computed
         return True

@@ -48,7 +48,7 @@ class TextStream:
         if may_stop:
             hits = []
             for stop in self._stop:
-                at = self._all.find(stop, max(self._num_shown, searched - len(stop) + 1, 0))
+                at = self._all.find(stop, max(self._num_shown, searched - len(stop) + 1))
                 if at >= 0:
                     hits.append((at + len(stop), at, stop))
             if hits:

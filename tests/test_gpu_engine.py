@@ -5,27 +5,20 @@ import torch
 
 from minigen import LLM, SamplingParams
 from minigen.model import Decoder
+from tools.bench_decode import SHAPES
 
 pytestmark = pytest.mark.gpu
 
-SHAPE = {
-    "vocab_size": 151936,
-    "hidden_size": 1024,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "max_position_embeddings": 4096,
-    "tie_word_embeddings": True,
-}
+SHAPE = {**SHAPES["qwen3-0.6b"]}
+MODEL_TYPE = SHAPE.pop("model_type")
 
 
 @pytest.fixture(scope="module")
 def qwen3(tmp_path_factory) -> str:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SHAPE)).to(torch.bfloat16)
+    config = transformers.AutoConfig.for_model(MODEL_TYPE, **SHAPE)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     path = tmp_path_factory.mktemp("qwen3")
     model.save_pretrained(path)
     return str(path)
