@@ -92,6 +92,8 @@ class Engine:
         self._requests: dict[str, _Request] = {}
         self._sample_of: dict[Sequence, _Sample] = {}
         self._in_flight: Launched | None = None
+        # Not told yet: kept over a step that fails, or who finished in it would never be heard of.
+        self._touched: dict[str, _Request] = {}
         self._stats = EngineStats()
 
     @property
@@ -201,6 +203,7 @@ class Engine:
         request = self._requests.pop(request_id, None)
         if request is None:
             raise ValueError(f"request id {request_id!r} is unknown or has finished")
+        self._touched.pop(request_id, None)
         for sample in request.samples:
             if not sample.sequence.finished:
                 self._end(sample, "abort", None)
@@ -208,25 +211,25 @@ class Engine:
 
     def step(self) -> list[RequestOutput]:
         """Runs one step -> the state of every request that got a token, by request."""
-        touched: dict[str, _Request] = {}
         previous, self._in_flight = self._in_flight, None
         try:
             if previous is not None and self._host_decides():
-                self._collect(previous, touched)
+                self._collect(previous)
                 previous = None
             launched = self._launch()
             if previous is not None:
-                self._collect(previous, touched)
+                self._collect(previous)
             if launched is not None:
                 if self.runner.device.type == "cuda":
                     self._in_flight = launched
                 else:
-                    self._collect(launched, touched)
+                    self._collect(launched)
         except BaseException:
             # Whatever ran is computed again, with the same draws: no request is lost.
             self._in_flight = None
             self.scheduler.reset()
             raise
+        touched, self._touched = self._touched, {}
         outputs = [request.snapshot() for request in touched.values()]
         for request in touched.values():
             if request.finished and self._requests.pop(request.request_id, None):
@@ -278,7 +281,7 @@ class Engine:
             counts=sample.counts,
         )
 
-    def _collect(self, launched: Launched, touched: dict[str, _Request]) -> None:
+    def _collect(self, launched: Launched) -> None:
         """Reads a step's results into its requests."""
         tokens, logprobs = launched.wait()
         now = time.perf_counter()
@@ -291,29 +294,29 @@ class Engine:
             whole = chunk.start + chunk.length == sequence.num_prompt
             if whole and not sequence.samples and not sequence.finished:
                 sample = self._sample_of[sequence]
+                self._touched[sample.request.request_id] = sample.request
                 self._end(sample, "length", None)
-                touched[sample.request.request_id] = sample.request
         for i, (chunk, token) in enumerate(zip(launched.sampled, tokens, strict=True)):
             sequence = chunk.sequence
             if sequence.finished:
                 continue
-            sequence.num_pending -= 1
-            sequence.tokens.append(token)
             sample = self._sample_of[sequence]
             request = sample.request
+            self._touched[request.request_id] = request
             if request.metrics.first_token_time is None:
                 request.metrics.first_token_time = now
             if request.metrics.num_cached_tokens is None:
                 request.metrics.num_cached_tokens = sequence.num_cached
                 self._stats.num_cached_tokens += sequence.num_cached or 0
             self._stats.num_output_tokens += 1
+            self._take_token(sample, token)
             if logprobs is not None and sample.output.logprobs is not None:
                 self._take_logprobs(sample, token, logprobs, i)
-            self._take_token(sample, token)
-            touched[request.request_id] = request
 
     def _take_token(self, sample: _Sample, token: int) -> None:
         request, output, params = sample.request, sample.output, sample.request.params
+        sample.sequence.num_pending -= 1
+        sample.sequence.tokens.append(token)
         output.token_ids.append(token)
         may_stop = len(output.token_ids) >= params.min_tokens
         if may_stop and token in request.stop_ids:

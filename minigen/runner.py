@@ -27,6 +27,9 @@ from minigen.scheduler import Chunk
 COMPILE_MODES = ("eager", "default", "reduce-overhead", "max-autotune")
 COMPILE_THREAD = "minigen-compile"
 COMPILED_DRAWS = ("greedy", "plain")
+# The compiler's bounds for usual settings, so that all of these share what the compile cache holds.
+# Low enough that no tensor of a step has more than 2^31 elements.
+MOST_TOKENS, MOST_ROWS = 8192, 2048
 # Rows of prompt log-probabilities whose logits are held at once: 512 x 152k x 4 bytes = 0.3 GB.
 SCORE_ROWS = 512
 
@@ -176,7 +179,13 @@ class Runner:
         torch.set_num_threads(num_threads)  # a new thread starts with its own number
         mode = None if self.compile == "default" else self.compile
         try:
-            with torch.inference_mode(), warnings.catch_warnings():
+            # The compile cache takes no notice of bounds, and what it kept for others is refused.
+            tag = f"minigen: T <= {self._most_tokens}, S <= {self._most_rows}"
+            with (
+                torch.compiler.config.patch(cache_key_tag=tag),  # pyright: ignore[reportAttributeAccessIssue]
+                torch.inference_mode(),
+                warnings.catch_warnings(),
+            ):
                 warnings.simplefilter("ignore")
                 for tensor in (*(t for pair in self.caches for t in pair), self.last_tokens_M):
                     torch._dynamo.mark_static_address(tensor)
@@ -192,7 +201,7 @@ class Runner:
                     rows = [self._null_row(params)] * 3
                     sampling = self._sampling(rows)
                     for tensor in (step.last_R, *sampling.tensors()):
-                        torch._dynamo.mark_dynamic(tensor, 0, min=2, max=self.max_num_seqs + 1)
+                        torch._dynamo.mark_dynamic(tensor, 0, min=2, max=self._most_rows)
                     head(hidden_TE, step.last_R, sampling.mode, *sampling.tensors())
         # No compiler, no headers, a bug of the compiler: the uncompiled step serves on.
         except Exception as error:
@@ -204,10 +213,16 @@ class Runner:
 
     @property
     def _most_tokens(self) -> int:
-        return self.max_tokens + 2
+        """Bound of T that the compiler may rely on."""
+        return max(self.max_tokens + 2, MOST_TOKENS)
+
+    @property
+    def _most_rows(self) -> int:
+        """The same for S and R."""
+        return max(self.max_num_seqs + 1, MOST_ROWS)
 
     def _mark(self, step: StepTensors) -> None:
-        most, seqs = self._most_tokens, self.max_num_seqs + 1
+        most, seqs = self._most_tokens, self._most_rows
         mark = torch._dynamo.mark_dynamic
         for tensor in (step.tokens_T, step.token_rows_T, step.positions_T, step.slots_T):
             mark(tensor, 0, min=2, max=most)

@@ -250,6 +250,32 @@ def test_a_failed_step_loses_no_request() -> None:
     assert outputs[0].outputs[0].token_ids == greedy(decoder(), prompt, 8)
 
 
+def test_a_step_that_fails_late_still_reports_who_finished(monkeypatch) -> None:
+    made = engine()
+    params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
+    made.add_request("first", [1, 2, 3], params)
+    made.add_request("second", [4, 5, 6], params)
+    take, calls = Engine._take_token, []
+
+    def fail_once(self, sample, token):
+        calls.append(token)
+        if len(calls) == 2:
+            raise MemoryError
+        take(self, sample, token)
+
+    monkeypatch.setattr(Engine, "_take_token", fail_once)
+    with pytest.raises(MemoryError):
+        made.step()
+    found = {}
+    for _ in range(10):
+        found.update({o.request_id: o.outputs[0].token_ids for o in made.step() if o.finished})
+    assert not made.has_unfinished()
+    assert found == {
+        "first": greedy(decoder(), [1, 2, 3], 1),
+        "second": greedy(decoder(), [4, 5, 6], 1),
+    }
+
+
 def test_steps_run_while_another_thread_traces(monkeypatch) -> None:
     # torch keeps this flag for the whole process; chat answers uncompiled while a thread compiles.
     flag = "torch.fx._symbolic_trace._is_fx_tracing_flag"
@@ -355,7 +381,29 @@ def test_one_compilation_serves_every_mix_of_lengths(monkeypatch) -> None:
 
 
 @pytest.mark.slow
-def test_the_compiled_step_copies_no_cache() -> None:
+@pytest.mark.parametrize(("max_num_seqs", "budget"), [(1, 1), (2, 64), (2100, 9000), (300, 3000)])
+def test_every_setting_compiles(max_num_seqs: int, budget: int) -> None:
+    # One after the other: torch's compile cache must not hand a bound on to the next setting.
+    runner = Runner(
+        decoder(),
+        num_blocks=16,
+        block_size=4,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=budget,
+    )
+    runner.start_compiling(background=False)
+    assert runner.compile_status == "ready"
+    made = Engine(runner, Scheduler(BlockPool(16, 4), max_num_seqs, budget), None, [0], LIMIT)
+    many = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
+    params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+    assert run(made, many, [params] * 3) == [[greedy(decoder(), prompt, 5)] for prompt in many]
+
+
+@pytest.mark.slow
+def test_the_compiled_step_copies_no_cache(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv(
+        "TORCHINDUCTOR_CACHE_DIR", str(tmp_path)
+    )  # code must be generated to be read
     from torch._inductor.utils import run_and_get_code
 
     runner = Runner(
