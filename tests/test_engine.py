@@ -235,12 +235,14 @@ class StepLoop(RuleBasedStateMachine):
 TestStepLoop = StepLoop.TestCase
 
 
-def test_a_failed_step_loses_no_request() -> None:
+@pytest.mark.parametrize("steps_before", [0, 1, 3])
+def test_a_failed_step_loses_no_request(steps_before: int) -> None:
     prompt = list(range(1, 20))
     params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
     made = engine()
     made.add_request("a", prompt, params)
-    made.step()
+    for _ in range(steps_before):
+        made.step()
     launch, made.runner.launch = made.runner.launch, None  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(TypeError):
         made.step()
