@@ -252,7 +252,8 @@ def test_a_failed_step_loses_no_request(steps_before: int) -> None:
     assert outputs[0].outputs[0].token_ids == greedy(decoder(), prompt, 8)
 
 
-def test_a_step_that_fails_late_still_reports_who_finished(monkeypatch) -> None:
+@pytest.mark.parametrize("abort", [False, True])
+def test_a_step_that_fails_late_still_reports_who_finished(monkeypatch, abort: bool) -> None:
     made = engine()
     params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
     made.add_request("first", [1, 2, 3], params)
@@ -268,14 +269,14 @@ def test_a_step_that_fails_late_still_reports_who_finished(monkeypatch) -> None:
     monkeypatch.setattr(Engine, "_take_token", fail_once)
     with pytest.raises(MemoryError):
         made.step()
+    if abort:
+        made.abort("first")
     found = {}
     for _ in range(10):
         found.update({o.request_id: o.outputs[0].token_ids for o in made.step() if o.finished})
     assert not made.has_unfinished()
-    assert found == {
-        "first": greedy(decoder(), [1, 2, 3], 1),
-        "second": greedy(decoder(), [4, 5, 6], 1),
-    }
+    expected = {} if abort else {"first": greedy(decoder(), [1, 2, 3], 1)}
+    assert found == {**expected, "second": greedy(decoder(), [4, 5, 6], 1)}
 
 
 def test_steps_run_while_another_thread_traces(monkeypatch) -> None:
@@ -379,6 +380,8 @@ def test_one_compilation_serves_every_mix_of_lengths(monkeypatch) -> None:
     params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
     for group in (many[:1], many[1:2], many[2:4], many):
         assert run(made, group, [params] * len(group)) == [[greedy(model, p, 6)] for p in group]
+        drawn = [SamplingParams(seed=i, max_tokens=6, ignore_eos=True) for i in range(len(group))]
+        assert run(made, group, drawn) == run(engine(), group, drawn)
     assert dynamo.counters["stats"]["unique_graphs"] == before
 
 
