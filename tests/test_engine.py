@@ -3,6 +3,7 @@
 import functools
 import json
 import random
+import re
 
 import pytest
 import torch
@@ -424,3 +425,7 @@ def test_the_compiled_step_copies_no_cache(monkeypatch, tmp_path) -> None:
     assert "kv_cache_write" in code
     allocations = [line for line in code.splitlines() if "empty_strided" in line and "211" in line]
     assert not allocations
+    # Copies are flat: a loop or a buffer over a whole cache, or several, bears its size.
+    size = runner.caches[0][0].numel()
+    sizes = {int(number) for number in re.findall(r"\d+", code)}
+    assert not [number for number in sizes if number and number % size == 0]
