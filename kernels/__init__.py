@@ -1,7 +1,8 @@
 """minigen's operations on the flat batch: `torch.library` operations with CPU and GPU kernels."""
 
 from minigen.kernels.kv_cache_write import kv_cache_write
+from minigen.kernels.linear import linear
 from minigen.kernels.paged_attention import paged_attention
 from minigen.kernels.varlen_attention import varlen_attention
 
-__all__ = ["kv_cache_write", "paged_attention", "varlen_attention"]
+__all__ = ["kv_cache_write", "linear", "paged_attention", "varlen_attention"]

@@ -6,6 +6,7 @@ Shapes: T packed tokens, K key/value heads, D head dim, N cache blocks, B tokens
 import torch
 from torch import Tensor
 
+from minigen.kernels import native
 from minigen.kernels.checks import check_cache_write, read_slots
 from minigen.kernels.tiles import on_device_of, power_of_two
 from minigen.kernels.triton_import import tl, triton
@@ -26,7 +27,13 @@ def kv_cache_write(
         ValueError: shapes, dtypes or devices that do not fit; on the CPU also a slot outside the
             cache (a GPU leaves such a token out, for reading the slots would wait for it).
     """
-    torch.ops.minigen.kv_cache_write(k_TKD, v_TKD, k_cache_NBKD, v_cache_NBKD, slots_T)
+    if native.serves(k_TKD, v_TKD):
+        if not torch.compiler.is_compiling():  # traced, the operator's fake checks
+            check_cache_write(k_TKD, v_TKD, k_cache_NBKD, v_cache_NBKD, slots_T)
+        operator = torch.ops.minigen.native_kv_cache_write
+    else:
+        operator = torch.ops.minigen.kv_cache_write
+    operator(k_TKD, v_TKD, k_cache_NBKD, v_cache_NBKD, slots_T)
 
 
 @torch.library.custom_op(

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from minigen.kernels import native
 from minigen.kernels.checks import (
     Window,
     check_paged,
@@ -73,6 +74,24 @@ def paged_attention(
     Raises:
         ValueError: shapes, dtypes, head counts, devices or (where read) values that do not fit.
     """
+    if native.serves(q_THD, k_cache_NBKD):
+        if not torch.compiler.is_compiling():  # traced, the operator's fake checks
+            check_paged(
+                q_THD, k_cache_NBKD, v_cache_NBKD, cu_seqlens_q, kv_lens_S, block_table_SW, softcap
+            )
+        left, right = resolve_window(causal, window_size)
+        return torch.ops.minigen.native_paged_attention(
+            q_THD,
+            k_cache_NBKD,
+            v_cache_NBKD,
+            cu_seqlens_q,
+            kv_lens_S,
+            block_table_SW,
+            resolve_scale(scale, q_THD.shape[2]),
+            -1 if left is None else left,
+            -1 if right is None else right,
+            softcap,
+        )
     return torch.ops.minigen.paged_attention(
         q_THD,
         k_cache_NBKD,

@@ -23,7 +23,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.nested._internal.nested_tensor import nested_view_from_values_offsets
 
-from minigen.kernels import kv_cache_write, paged_attention, varlen_attention
+from minigen.kernels import kv_cache_write, linear, paged_attention, varlen_attention
 from minigen.kernels.checks import MAX_HEAD_DIM
 from minigen.weights.checkpoint import Checkpoint, read_config
 
@@ -457,6 +457,15 @@ class RMSNorm(nn.Module):
         return jagged(self(x_SjE.values()), offsets_of(x_SjE))
 
 
+class Linear(nn.Linear):
+    """`nn.Linear` on dense rows or a jagged tensor, by the kernel that suits the device."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_nested:
+            return jagged(linear(x.values(), self.weight, self.bias), offsets_of(x))
+        return linear(x, self.weight, self.bias)
+
+
 @dataclass
 class PagedKV:
     """One step's view of the paged cache: where the step's keys go and where its queries look.
@@ -490,8 +499,8 @@ class Attention(nn.Module):
         self.layer = layer
         window = config.layer_windows[layer]
         self.window_size = (window - 1, 0) if window else (-1, -1)
-        self.qkv_proj = nn.Linear(config.hidden_size, (H + 2 * K) * D, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(H * D, config.hidden_size, bias=config.o_bias)
+        self.qkv_proj = Linear(config.hidden_size, (H + 2 * K) * D, bias=config.qkv_bias)
+        self.o_proj = Linear(H * D, config.hidden_size, bias=config.o_bias)
         if config.qk_norm:
             self.q_norm = RMSNorm(D, config.rms_norm_eps, 0.0)
             self.k_norm = RMSNorm(D, config.rms_norm_eps, 0.0)
@@ -528,8 +537,8 @@ class MLP(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         E, hidden = config.hidden_size, config.intermediate_size
-        self.gate_up_proj = nn.Linear(E, 2 * hidden, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(hidden, E, bias=config.mlp_bias)
+        self.gate_up_proj = Linear(E, 2 * hidden, bias=config.mlp_bias)
+        self.down_proj = Linear(hidden, E, bias=config.mlp_bias)
         self.activation = _ACTIVATIONS[config.activation]
 
     def forward(self, x_SjE: Tensor) -> Tensor:
@@ -573,7 +582,7 @@ class Decoder(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm_offset)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed.weight
         self.cos_PR: Tensor

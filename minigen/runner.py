@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minigen.kernels import native
 from minigen.model import Decoder, PagedKV
 from minigen.sampling import Row, SamplingParams, SamplingTensors, draw, edit_logits, top_logprobs
 from minigen.scheduler import Chunk
@@ -179,6 +180,8 @@ class Runner:
         torch.set_num_threads(num_threads)  # a new thread starts with its own number
         mode = None if self.compile == "default" else self.compile
         try:
+            if self.device.type == "cpu":
+                native.load()
             # The compile cache takes no notice of bounds, and what it kept for others is refused.
             tag = f"minigen: T <= {self._most_tokens}, S <= {self._most_rows}"
             with (

@@ -1,0 +1,632 @@
+// minigen's operations on the CPU for few rows: decode, where torch's own kernels spend most of
+// their time on repacking weights and on one call a sequence. `native.py` builds and registers it.
+//
+// Shapes: T packed tokens, E inputs and F outputs of a linear layer, S sequences, H query heads,
+// K key/value heads, G = H / K, D head dim, N cache blocks, B tokens a block, W blocks a sequence.
+// A tile has R rows (queries of one sequence times the G heads that share keys) and KEYS keys.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+using at::vec::Vectorized;
+using Vec = Vectorized<float>;
+
+constexpr int64_t LANES = Vec::size();
+// Rows up to which a linear layer is faster here than in at::linear; the figures are in tools/LOG.md.
+constexpr int64_t MOST_ROWS = 32;
+constexpr int64_t KEYS = 64;
+constexpr int64_t ROWS = 64;
+// Keys a work item takes of a sequence with few queries. It depends on nothing but the sequence, so
+// that a request's numbers do not change with its neighbours.
+constexpr int64_t SPLIT_KEYS = 512;
+constexpr int64_t FEW_ROWS = 8;  // below, transposing the keys costs more than it saves
+// Finite, since the compiler may be told that there is no infinity; below any score.
+constexpr float NOTHING = -1e30f;
+
+int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+float sum_of(Vec x) {
+  return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, x);
+}
+
+// Calls `work` with a zero of the dtype's C++ type.
+template <typename Work>
+void by_dtype(at::ScalarType dtype, Work work) {
+  switch (dtype) {
+    case at::kFloat:
+      return work(float(0));
+    case at::kBFloat16:
+      return work(at::BFloat16(0));
+    case at::kHalf:
+      return work(at::Half(0));
+    default:
+      TORCH_CHECK_VALUE(false, "tensors must be float32, bfloat16 or float16, got ", dtype);
+  }
+}
+
+// --- two vectors of floats from any dtype --------------------------------------------------------
+
+struct Pair {
+  Vec low, high;
+};
+
+Pair load_pair(const float* from, int64_t count) {
+  if (count >= 2 * LANES) return {Vec::loadu(from), Vec::loadu(from + LANES)};
+  if (count > LANES) return {Vec::loadu(from), Vec::loadu(from + LANES, count - LANES)};
+  return {Vec::loadu(from, count), Vec(0.0f)};
+}
+
+Pair load_pair(const at::BFloat16* from, int64_t count) {
+  using Wide = Vectorized<at::BFloat16>;
+  auto [low, high] = at::vec::convert_bfloat16_float(
+      count >= Wide::size() ? Wide::loadu(from) : Wide::loadu(from, count));
+  return {low, high};
+}
+
+Pair load_pair(const at::Half* from, int64_t count) {
+  using Wide = Vectorized<at::Half>;
+  auto [low, high] =
+      at::vec::convert_half_float(count >= Wide::size() ? Wide::loadu(from) : Wide::loadu(from, count));
+  return {low, high};
+}
+
+// Writes `count` floats, at most two vectors, in another dtype.
+void narrow(const float* from, int64_t count, float* to) { std::memcpy(to, from, count * sizeof(float)); }
+
+void narrow(const float* from, int64_t count, at::BFloat16* to) {
+  at::vec::convert_float_bfloat16(Vec::loadu(from), Vec::loadu(from + LANES)).store(to, count);
+}
+
+void narrow(const float* from, int64_t count, at::Half* to) {
+  at::vec::convert_float_half(Vec::loadu(from), Vec::loadu(from + LANES)).store(to, count);
+}
+
+// The sums of four vectors' entries, side by side. One after the other takes three times as many
+// instructions, a third of a product of 576 inputs.
+void sums_of(const Vec* x, float* to) {
+#if defined(CPU_CAPABILITY_AVX512)
+  __m256 half[4];
+  for (int i = 0; i < 4; ++i)
+    half[i] = _mm256_add_ps(
+        _mm512_castps512_ps256(x[i]), _mm512_extractf32x8_ps(static_cast<__m512>(x[i]), 1));
+  const __m256 both =
+      _mm256_hadd_ps(_mm256_hadd_ps(half[0], half[1]), _mm256_hadd_ps(half[2], half[3]));
+  _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1)));
+#else
+  for (int i = 0; i < 4; ++i) to[i] = sum_of(x[i]);
+#endif
+}
+
+// --- linear --------------------------------------------------------------------------------------
+
+// What a dot product takes from memory at once, and how it is added up in float32.
+template <typename T>
+struct Dot {
+  using Piece = Pair;
+  static constexpr int64_t SIZE = 2 * LANES;
+  static Piece load(const T* from, int64_t count) { return load_pair(from, count); }
+  static void add(Vec& sum, const Piece& a, const Piece& b) {
+    sum = at::vec::fmadd(a.low, b.low, sum);
+    sum = at::vec::fmadd(a.high, b.high, sum);
+  }
+};
+
+#if defined(__AVX512BF16__) && defined(CPU_CAPABILITY_AVX512)
+template <>
+struct Dot<at::BFloat16> {
+  using Piece = __m512i;
+  static constexpr int64_t SIZE = 32;
+  static Piece load(const at::BFloat16* from, int64_t count) {
+    if (count >= SIZE) return _mm512_loadu_si512(from);
+    return _mm512_maskz_loadu_epi16((__mmask32)((1ull << count) - 1), from);
+  }
+  static void add(Vec& sum, const Piece& a, const Piece& b) {
+    sum = _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+  }
+};
+#endif
+
+template <typename T, int M, int N>
+void dot_tile(
+    const T* x, int64_t x_stride, const T* weight, int64_t depth, const float* bias, T* out,
+    int64_t out_stride) {
+  Vec sums[M][N];
+  for (int m = 0; m < M; ++m)
+    for (int n = 0; n < N; ++n) sums[m][n] = Vec(0.0f);
+  int64_t at = 0;
+  auto step = [&](int64_t count) {
+    typename Dot<T>::Piece pieces[N];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) pieces[n] = Dot<T>::load(weight + n * depth + at, count);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      auto piece = Dot<T>::load(x + m * x_stride + at, count);
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) Dot<T>::add(sums[m][n], piece, pieces[n]);
+    }
+  };
+  for (; at + Dot<T>::SIZE <= depth; at += Dot<T>::SIZE) step(Dot<T>::SIZE);
+  if (at < depth) step(depth - at);
+  float values[2 * LANES] = {};
+  static_assert(M * N <= 2 * LANES && (N == 4 || N == 1));
+  T narrowed[2 * LANES];
+  for (int m = 0; m < M; ++m) {
+    if constexpr (N == 4) {
+      sums_of(sums[m], values + m * N);
+      for (int n = 0; n < N; ++n) values[m * N + n] += bias[n];
+    } else {
+      values[m] = sum_of(sums[m][0]) + bias[0];
+    }
+  }
+  narrow(values, M * N, narrowed);
+  for (int m = 0; m < M; ++m) std::memcpy(out + m * out_stride, narrowed + m * N, N * sizeof(T));
+}
+
+template <typename T, int N>
+void dot_rows(
+    const T* x, int64_t x_stride, int64_t rows, const T* weight, int64_t depth, const float* bias,
+    T* out, int64_t out_stride) {
+  int64_t m = 0;
+  for (; m + 4 <= rows; m += 4)
+    dot_tile<T, 4, N>(
+        x + m * x_stride, x_stride, weight, depth, bias, out + m * out_stride, out_stride);
+  for (; m + 2 <= rows; m += 2)
+    dot_tile<T, 2, N>(
+        x + m * x_stride, x_stride, weight, depth, bias, out + m * out_stride, out_stride);
+  for (; m < rows; ++m)
+    dot_tile<T, 1, N>(
+        x + m * x_stride, x_stride, weight, depth, bias, out + m * out_stride, out_stride);
+}
+
+template <typename T>
+void linear_rows(
+    const at::Tensor& x_TE, const at::Tensor& weight_FE, const at::Tensor& bias_F, at::Tensor& out_TF) {
+  const int64_t rows = x_TE.size(0), depth = x_TE.size(1), outputs = weight_FE.size(0);
+  const int64_t x_stride = x_TE.stride(0);
+  const T* x = x_TE.const_data_ptr<T>();
+  const T* weight = weight_FE.const_data_ptr<T>();
+  const T* bias = bias_F.defined() ? bias_F.const_data_ptr<T>() : nullptr;
+  T* out = out_TF.mutable_data_ptr<T>();
+  constexpr int N = 4;
+  // Sixteen tiles at least a thread: less is not worth waking one.
+  at::parallel_for(0, (outputs + N - 1) / N, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t n = tile * N, count = std::min<int64_t>(N, outputs - n);
+      // Rows are too short for the processor to foresee the next ones.
+      const char* next = reinterpret_cast<const char*>(weight + (n + N) * depth);
+      const int64_t ahead = tile + 1 < end ? std::min<int64_t>(N, outputs - n - N) * depth : 0;
+      for (int64_t byte = 0; byte < ahead * int64_t(sizeof(T)); byte += 64)
+        __builtin_prefetch(next + byte);
+      float biases[N] = {};
+      for (int64_t i = 0; i < count && bias; ++i) biases[i] = float(bias[n + i]);
+      if (count == N) {
+        dot_rows<T, N>(x, x_stride, rows, weight + n * depth, depth, biases, out + n, outputs);
+        continue;
+      }
+      for (int64_t i = 0; i < count; ++i)
+        dot_rows<T, 1>(
+            x, x_stride, rows, weight + (n + i) * depth, depth, biases + i, out + n + i, outputs);
+    }
+  });
+}
+
+at::Tensor linear(
+    const at::Tensor& x_TE, const at::Tensor& weight_FE, const std::optional<at::Tensor>& bias_F) {
+  TORCH_CHECK_VALUE(
+      x_TE.dim() == 2 && weight_FE.dim() == 2 && x_TE.size(1) == weight_FE.size(1),
+      "x must be [T, E] and weight [F, E], got ", x_TE.sizes(), " and ", weight_FE.sizes());
+  TORCH_CHECK_VALUE(
+      x_TE.scalar_type() == weight_FE.scalar_type(), "x and weight must have one dtype, got ",
+      x_TE.scalar_type(), " and ", weight_FE.scalar_type());
+  if (x_TE.size(0) > MOST_ROWS) return at::linear(x_TE, weight_FE, bias_F);
+  auto x = x_TE.stride(1) == 1 ? x_TE : x_TE.contiguous();
+  auto weight = weight_FE.contiguous();
+  auto bias = bias_F.has_value() ? bias_F->contiguous() : at::Tensor();
+  TORCH_CHECK_VALUE(
+      !bias.defined() || (bias.numel() == weight.size(0) && bias.scalar_type() == x.scalar_type()),
+      "bias must be [", weight.size(0), "] of ", x.scalar_type(), ", got ", bias.sizes());
+  auto out = at::empty({x.size(0), weight.size(0)}, x.options());
+  by_dtype(x.scalar_type(), [&](auto zero) {
+    linear_rows<decltype(zero)>(x, weight, bias, out);
+  });
+  return out;
+}
+
+// --- cache write ---------------------------------------------------------------------------------
+
+void write_rows(const at::Tensor& x_TKD, const at::Tensor& cache_NBKD, const int64_t* slots) {
+  const auto x = x_TKD.stride(2) == 1 ? x_TKD : x_TKD.contiguous();
+  const int64_t heads = x.size(1), size = x.element_size(), head_bytes = x.size(2) * size;
+  const char* from = static_cast<const char*>(x.const_data_ptr());
+  char* to = static_cast<char*>(cache_NBKD.mutable_data_ptr());
+  at::parallel_for(0, x.size(0), 64, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      if (slots[t] < 0) continue;
+      char* row = to + slots[t] * heads * head_bytes;
+      for (int64_t head = 0; head < heads; ++head)
+        std::memcpy(
+            row + head * head_bytes, from + (t * x.stride(0) + head * x.stride(1)) * size,
+            head_bytes);
+    }
+  });
+}
+
+void kv_cache_write(
+    const at::Tensor& k_TKD, const at::Tensor& v_TKD, at::Tensor k_cache, at::Tensor v_cache,
+    const at::Tensor& slots_T) {
+  const auto slots = slots_T.contiguous();
+  const int64_t* slot = slots.const_data_ptr<int64_t>();
+  const int64_t num_slots = k_cache.size(0) * k_cache.size(1);
+  for (int64_t t = 0; t < slots.numel(); ++t)
+    TORCH_CHECK_VALUE(
+        slot[t] >= -1 && slot[t] < num_slots, "slots must be from 0 to ", num_slots - 1,
+        ", or -1 to skip a token, got ", slot[t]);
+  write_rows(k_TKD, k_cache, slot);
+  write_rows(v_TKD, v_cache, slot);
+}
+
+// --- attention -----------------------------------------------------------------------------------
+
+#if defined(CPU_CAPABILITY_AVX512)
+constexpr int BLOCK_ROWS = 6, BLOCK_VECS = 4;  // 24 of 32 registers hold sums
+#else
+constexpr int BLOCK_ROWS = 4, BLOCK_VECS = 2;  // 8 of 16
+#endif
+
+// c[M rows, V vectors] += a[M, depth] * b[depth, V vectors], all float32 rows.
+template <int M, int V>
+void product_block(
+    const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c, int64_t c_stride,
+    int64_t depth) {
+  Vec sums[M][V];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) sums[m][v] = Vec::loadu(c + m * c_stride + v * LANES);
+  for (int64_t d = 0; d < depth; ++d) {
+    Vec columns[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) columns[v] = Vec::loadu(b + d * b_stride + v * LANES);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      const Vec row(a[m * a_stride + d]);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) sums[m][v] = at::vec::fmadd(row, columns[v], sums[m][v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) sums[m][v].store(c + m * c_stride + v * LANES);
+}
+
+// c[rows, columns] += a[rows, depth] * b[depth, columns]; columns is a multiple of LANES.
+void add_product(
+    const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c, int64_t c_stride,
+    int64_t rows, int64_t columns, int64_t depth) {
+  auto sweep = [&](int64_t n, auto vecs) {
+    int64_t m = 0;
+    for (; m + BLOCK_ROWS <= rows; m += BLOCK_ROWS)
+      product_block<BLOCK_ROWS, vecs>(
+          a + m * a_stride, a_stride, b + n, b_stride, c + m * c_stride + n, c_stride, depth);
+    for (; m < rows; ++m)
+      product_block<1, vecs>(
+          a + m * a_stride, a_stride, b + n, b_stride, c + m * c_stride + n, c_stride, depth);
+  };
+  int64_t n = 0;
+  for (; n + BLOCK_VECS * LANES <= columns; n += BLOCK_VECS * LANES)
+    sweep(n, std::integral_constant<int, BLOCK_VECS>());
+  for (; n < columns; n += LANES) sweep(n, std::integral_constant<int, 1>());
+}
+
+struct Item {
+  int64_t seq, head, query, num_queries;  // queries of the sequence from `query` on
+  int64_t begin, end;  // keys
+  int64_t part;  // where its part lies in the workspace; -1: it writes the output itself
+};
+
+struct Merge {
+  int64_t token, head, num_queries, part, num_parts;
+};
+
+struct Problem {
+  const int32_t* offsets;
+  const int32_t* kv_lens;
+  const int32_t* table;
+  int64_t table_stride;
+  int64_t num_kv_heads, group, head_dim, width;  // width: head_dim as rows of vectors hold it
+  int64_t block_size;
+  int64_t q_stride_t, q_stride_h;
+  int64_t left, right;  // -1: open
+  float scale, softcap;
+};
+
+// What a thread works in, one allocation a thread and call.
+struct Scratch {
+  std::vector<float> memory;
+  float *q, *k, *k_turned, *v, *score, *sum, *row_max, *row_sum;
+  explicit Scratch(int64_t rows, int64_t width)
+      : memory(2 * rows * width + 3 * KEYS * width + rows * (KEYS + 2)) {
+    q = memory.data();
+    sum = q + rows * width;
+    k = sum + rows * width;
+    k_turned = k + KEYS * width;
+    v = k_turned + KEYS * width;
+    score = v + KEYS * width;
+    row_max = score + rows * KEYS;
+    row_sum = row_max + rows;
+  }
+};
+
+template <typename T>
+void widen(const T* from, float* to, int64_t count, int64_t width) {
+  for (int64_t i = 0; i < width; i += 2 * LANES) {
+    const auto pair = load_pair(from + i, std::min(count - i, 2 * LANES));
+    pair.low.store(to + i);
+    pair.high.store(to + i + LANES);
+  }
+}
+
+// Scores become weights in place -> the factor by which earlier sums shrink; 1 where none is new.
+float soften(float* score, int64_t low, int64_t high, const Problem& p, float& most, float& total) {
+  if (low >= high) {
+    std::fill(score, score + KEYS, 0.0f);
+    return 1.0f;
+  }
+  Vec top(NOTHING);
+  for (int64_t i = 0; i < KEYS; i += LANES) {
+    Vec x = Vec::loadu(score + i) * Vec(p.scale);
+    if (p.softcap > 0) x = (x / Vec(p.softcap)).tanh() * Vec(p.softcap);
+    x.store(score + i);
+  }
+  std::fill(score, score + low, 2 * NOTHING);
+  std::fill(score + high, score + KEYS, 2 * NOTHING);
+  for (int64_t i = 0; i < KEYS; i += LANES) top = at::vec::maximum(top, Vec::loadu(score + i));
+  const float found =
+      at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return at::vec::maximum(a, b); }, top);
+  const float before = most;
+  most = std::max(most, found);
+  Vec weights(0.0f);
+  for (int64_t i = 0; i < KEYS; i += LANES) {
+    const Vec weight = (Vec::loadu(score + i) - Vec(most)).exp();
+    weight.store(score + i);
+    weights = weights + weight;
+  }
+  const float shrink = before == most ? 1.0f : std::exp(before - most);
+  total = total * shrink + sum_of(weights);
+  return shrink;
+}
+
+template <typename T>
+void attend(
+    const Item& item, const Problem& p, const T* q, const T* k_cache, const T* v_cache,
+    Scratch& s) {
+  const int64_t rows = item.num_queries * p.group, width = p.width;
+  const int64_t first_token = p.offsets[item.seq] + item.query;
+  const int64_t num_keys = p.kv_lens[item.seq];
+  const int64_t position =
+      item.query + num_keys - (p.offsets[item.seq + 1] - p.offsets[item.seq]);
+  for (int64_t r = 0; r < rows; ++r)
+    widen(
+        q + (first_token + r / p.group) * p.q_stride_t +
+            (item.head * p.group + r % p.group) * p.q_stride_h,
+        s.q + r * width, p.head_dim, width);
+  std::fill(s.sum, s.sum + rows * width, 0.0f);
+  std::fill(s.row_max, s.row_max + rows, NOTHING);
+  std::fill(s.row_sum, s.row_sum + rows, 0.0f);
+
+  const int32_t* blocks = p.table + item.seq * p.table_stride;
+  for (int64_t start = item.begin; start < item.end; start += KEYS) {
+    const int64_t count = std::min(KEYS, item.end - start);
+    for (int64_t c = 0; c < count; ++c) {
+      const int64_t key = start + c;
+      const int64_t row = blocks[key / p.block_size] * p.block_size + key % p.block_size;
+      const int64_t at = (row * p.num_kv_heads + item.head) * p.head_dim;
+      widen(k_cache + at, s.k + c * width, p.head_dim, width);
+      widen(v_cache + at, s.v + c * width, p.head_dim, width);
+    }
+    if (rows < FEW_ROWS) {
+      for (int64_t c = 0; c < count; ++c)
+        for (int64_t r = 0; r < rows; ++r) {
+          Vec low(0.0f), high(0.0f);
+          for (int64_t d = 0; d < width; d += 2 * LANES) {
+            low = at::vec::fmadd(Vec::loadu(s.q + r * width + d), Vec::loadu(s.k + c * width + d), low);
+            high = at::vec::fmadd(
+                Vec::loadu(s.q + r * width + d + LANES), Vec::loadu(s.k + c * width + d + LANES), high);
+          }
+          s.score[r * KEYS + c] = sum_of(low + high);
+        }
+    } else {
+      for (int64_t d = 0; d < p.head_dim; ++d)
+        for (int64_t c = 0; c < count; ++c) s.k_turned[d * KEYS + c] = s.k[c * width + d];
+      std::fill(s.score, s.score + rows * KEYS, 0.0f);
+      add_product(
+          s.q, width, s.k_turned, KEYS, s.score, KEYS, rows, round_up(count, LANES), p.head_dim);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t here = position + r / p.group;
+      const int64_t low = p.left < 0 ? 0 : std::clamp<int64_t>(here - p.left - start, 0, KEYS);
+      const int64_t high =
+          p.right < 0 ? count : std::clamp<int64_t>(here + p.right + 1 - start, 0, count);
+      const float shrink = soften(s.score + r * KEYS, low, high, p, s.row_max[r], s.row_sum[r]);
+      if (shrink != 1.0f)
+        for (int64_t d = 0; d < width; d += LANES)
+          (Vec::loadu(s.sum + r * width + d) * Vec(shrink)).store(s.sum + r * width + d);
+    }
+    add_product(s.score, KEYS, s.v, width, s.sum, width, rows, width, count);
+  }
+}
+
+template <typename T>
+void paged_attention_rows(
+    const Problem& p, const at::Tensor& q_THD, const at::Tensor& k_cache, const at::Tensor& v_cache,
+    at::Tensor& out_THD, int64_t num_seqs) {
+  const T* q = q_THD.const_data_ptr<T>();
+  const T* k = k_cache.const_data_ptr<T>();
+  const T* v = v_cache.const_data_ptr<T>();
+  T* out = out_THD.mutable_data_ptr<T>();
+  const int64_t most_queries = std::max<int64_t>(1, ROWS / p.group);
+  const int64_t num_heads = p.num_kv_heads * p.group;
+
+  std::vector<Item> items;
+  std::vector<Merge> merges;
+  int64_t num_parts = 0, most_rows = 1;
+  for (int64_t seq = 0; seq < num_seqs; ++seq) {
+    const int64_t num_queries = p.offsets[seq + 1] - p.offsets[seq], num_keys = p.kv_lens[seq];
+    for (int64_t query = 0; query < num_queries; query += most_queries) {
+      const int64_t count = std::min(most_queries, num_queries - query);
+      const int64_t first = query + num_keys - num_queries, last = first + count - 1;
+      const int64_t begin = p.left < 0 ? 0 : std::max<int64_t>(first - p.left, 0);
+      const int64_t end = std::max(
+          begin, p.right < 0 ? num_keys : std::min<int64_t>(last + p.right + 1, num_keys));
+      most_rows = std::max(most_rows, count * p.group);
+      const int64_t parts =
+          num_queries <= most_queries ? std::max<int64_t>(1, (end - begin + SPLIT_KEYS - 1) / SPLIT_KEYS) : 1;
+      for (int64_t head = 0; head < p.num_kv_heads; ++head) {
+        if (parts == 1) {
+          items.push_back({seq, head, query, count, begin, end, -1});
+          continue;
+        }
+        merges.push_back({p.offsets[seq] + query, head, count, num_parts, parts});
+        for (int64_t part = 0; part < parts; ++part)
+          items.push_back(
+              {seq, head, query, count, begin + part * SPLIT_KEYS,
+               std::min(begin + (part + 1) * SPLIT_KEYS, end), num_parts++});
+      }
+    }
+  }
+  const int64_t part_size = most_rows * (p.width + 2);
+  std::vector<float> parts(num_parts * part_size);
+
+  auto write = [&](int64_t row, int64_t head, int64_t token, const float* sum, float total) {
+    T* to = out + ((token + row / p.group) * num_heads + head * p.group + row % p.group) * p.head_dim;
+    const float factor = total > 0 ? 1.0f / total : 0.0f;
+    float scaled[2 * LANES];
+    for (int64_t d = 0; d < p.head_dim; d += 2 * LANES) {
+      (Vec::loadu(sum + d) * Vec(factor)).store(scaled);
+      (Vec::loadu(sum + d + LANES) * Vec(factor)).store(scaled + LANES);
+      narrow(scaled, std::min(p.head_dim - d, 2 * LANES), to + d);
+    }
+  };
+  const int64_t num_items = items.size(), num_threads = std::min<int64_t>(num_items, at::get_num_threads());
+#pragma omp parallel num_threads(std::max<int64_t>(num_threads, 1)) if (num_threads > 1)
+  {
+    Scratch s(most_rows, p.width);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < num_items; ++i) {
+      const Item& item = items[i];
+      attend<T>(item, p, q, k, v, s);
+      const int64_t rows = item.num_queries * p.group;
+      if (item.part < 0) {
+        for (int64_t r = 0; r < rows; ++r)
+          write(r, item.head, p.offsets[item.seq] + item.query, s.sum + r * p.width, s.row_sum[r]);
+        continue;
+      }
+      float* part = parts.data() + item.part * part_size;
+      std::copy(s.row_max, s.row_max + rows, part);
+      std::copy(s.row_sum, s.row_sum + rows, part + most_rows);
+      std::copy(s.sum, s.sum + rows * p.width, part + 2 * most_rows);
+    }
+  }
+  for (const Merge& merge : merges) {
+    float* into = parts.data() + merge.part * part_size;
+    for (int64_t r = 0; r < merge.num_queries * p.group; ++r) {
+      float* sum = into + 2 * most_rows + r * p.width;
+      for (int64_t other = 1; other < merge.num_parts; ++other) {
+        const float* from = into + other * part_size;
+        const float most = std::max(into[r], from[r]);
+        const Vec mine(std::exp(into[r] - most)), theirs(std::exp(from[r] - most));
+        const float* other_sum = from + 2 * most_rows + r * p.width;
+        for (int64_t d = 0; d < p.width; d += LANES)
+          (Vec::loadu(sum + d) * mine + Vec::loadu(other_sum + d) * theirs).store(sum + d);
+        into[most_rows + r] = into[most_rows + r] * std::exp(into[r] - most) +
+                              from[most_rows + r] * std::exp(from[r] - most);
+        into[r] = most;
+      }
+      write(r, merge.head, merge.token, sum, into[most_rows + r]);
+    }
+  }
+}
+
+at::Tensor paged_attention(
+    const at::Tensor& q_THD, const at::Tensor& k_cache, const at::Tensor& v_cache,
+    const at::Tensor& cu_seqlens_q, const at::Tensor& kv_lens_S, const at::Tensor& block_table_SW,
+    double scale, int64_t left, int64_t right, double softcap) {
+  const int64_t num_seqs = kv_lens_S.size(0), num_blocks = k_cache.size(0);
+  const auto q = q_THD.stride(2) == 1 ? q_THD : q_THD.contiguous();
+  const auto offsets = cu_seqlens_q.contiguous(), kv_lens = kv_lens_S.contiguous();
+  const auto table = block_table_SW.stride(1) == 1 ? block_table_SW : block_table_SW.contiguous();
+  Problem p;
+  p.offsets = offsets.const_data_ptr<int32_t>();
+  p.kv_lens = kv_lens.const_data_ptr<int32_t>();
+  p.table = table.const_data_ptr<int32_t>();
+  p.table_stride = table.stride(0);
+  p.block_size = k_cache.size(1);
+  p.num_kv_heads = k_cache.size(2);
+  p.head_dim = k_cache.size(3);
+  p.width = round_up(p.head_dim, 2 * LANES);
+  p.group = q.size(1) / p.num_kv_heads;
+  p.q_stride_t = q.stride(0);
+  p.q_stride_h = q.stride(1);
+  p.left = left;
+  p.right = right;
+  p.scale = scale;
+  p.softcap = softcap;
+
+  bool splits = p.offsets[0] == 0 && p.offsets[num_seqs] == q.size(0);
+  for (int64_t seq = 0; seq < num_seqs; ++seq) splits &= p.offsets[seq] <= p.offsets[seq + 1];
+  TORCH_CHECK_VALUE(
+      splits, "cu_seqlens_q must start at 0, never decrease and end at the ", q.size(0),
+      " packed tokens, got ", offsets);
+  const int64_t capacity = table.size(1) * p.block_size;
+  for (int64_t seq = 0; seq < num_seqs; ++seq) {
+    TORCH_CHECK_VALUE(
+        p.kv_lens[seq] >= 0 && p.kv_lens[seq] <= capacity, "kv_lens[", seq, "] must be from 0 to ",
+        capacity, ", what a row of block_table holds, got ", p.kv_lens[seq]);
+    const int32_t* row = p.table + seq * p.table_stride;
+    for (int64_t i = 0; i * p.block_size < p.kv_lens[seq]; ++i)
+      TORCH_CHECK_VALUE(
+          row[i] >= 0 && row[i] < num_blocks, "block_table[", seq, "] must name blocks from 0 to ",
+          num_blocks - 1, ", got ", row[i]);
+  }
+
+  auto out = at::empty({q.size(0), q.size(1), q.size(2)}, q.options());
+  by_dtype(q.scalar_type(), [&](auto zero) {
+    paged_attention_rows<decltype(zero)>(p, q, k_cache, v_cache, out, num_seqs);
+  });
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(minigen, m) {
+  m.def(
+      "native_linear(Tensor x_TE, Tensor weight_FE, Tensor? bias_F) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "native_kv_cache_write(Tensor k_TKD, Tensor v_TKD, Tensor(a!) k_cache_NBKD, "
+      "Tensor(b!) v_cache_NBKD, Tensor slots_T) -> ()",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "native_paged_attention(Tensor q_THD, Tensor k_cache_NBKD, Tensor v_cache_NBKD, "
+      "Tensor cu_seqlens_q, Tensor kv_lens_S, Tensor block_table_SW, float scale, int left, "
+      "int right, float softcap) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
+}
+
+TORCH_LIBRARY_IMPL(minigen, CPU, m) {
+  m.impl("native_linear", linear);
+  m.impl("native_kv_cache_write", kv_cache_write);
+  m.impl("native_paged_attention", paged_attention);
+}

@@ -1,0 +1,75 @@
+"""The C++ kernels of `native.cpp`: built with torch's own compiler driver, kept in its cache.
+
+They serve where torch's kernels lose: linear layers of few rows and paged attention of many short
+sequences. Everything works without them, slower: no compiler, no headers or a dtype that they do
+not know leave the operations to torch.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minigen.kernels.checks import check_cache_write, check_paged
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SOURCE = Path(__file__).with_name("native.cpp")
+
+
+class _Library:
+    """Whether the operators are registered: torch keeps them for the whole process, and so does
+    this."""
+
+    loaded = False
+
+
+def load() -> None:
+    """Builds the kernels, or takes them from torch's compile cache, and registers them.
+
+    Raises whatever torch's compiler driver does where there is no compiler.
+    """
+    if _Library.loaded:
+        return
+    # Inductor's driver knows the compiler, its flags, this processor's vectors and the cache.
+    from torch._inductor.codecache import CppCodeCache
+
+    CppCodeCache.load(SOURCE.read_text())
+    torch.library.register_fake("minigen::native_linear", _fake_linear)
+    torch.library.register_fake("minigen::native_kv_cache_write", _fake_kv_cache_write)
+    torch.library.register_fake("minigen::native_paged_attention", _fake_paged_attention)
+    _Library.loaded = True
+
+
+def serves(*tensors: Tensor) -> bool:
+    """Whether the native kernels can take these tensors now. They have no gradients."""
+    if not _Library.loaded:
+        return False
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    first = tensors[0]
+    return first.device.type == "cpu" and first.dtype in DTYPES and not needs_grad
+
+
+def _fake_linear(x_TE: Tensor, weight_FE: Tensor, bias_F: Tensor | None) -> Tensor:
+    return x_TE.new_empty(x_TE.shape[0], weight_FE.shape[0])
+
+
+def _fake_kv_cache_write(
+    k_TKD: Tensor, v_TKD: Tensor, k_cache_NBKD: Tensor, v_cache_NBKD: Tensor, slots_T: Tensor
+) -> None:
+    check_cache_write(k_TKD, v_TKD, k_cache_NBKD, v_cache_NBKD, slots_T)
+
+
+def _fake_paged_attention(
+    q_THD: Tensor,
+    k_cache_NBKD: Tensor,
+    v_cache_NBKD: Tensor,
+    cu_seqlens_q: Tensor,
+    kv_lens_S: Tensor,
+    block_table_SW: Tensor,
+    scale: float,
+    left: int,
+    right: int,
+    softcap: float,
+) -> Tensor:
+    check_paged(q_THD, k_cache_NBKD, v_cache_NBKD, cu_seqlens_q, kv_lens_S, block_table_SW, softcap)
+    return torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
