@@ -16,33 +16,38 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SOURCE = Path(__file__).with_name("native.cpp")
 
 
-class _Library:
-    """Whether the operators are registered: torch keeps them for the whole process, and so does
-    this."""
+class _State:
+    """Of the whole process, as torch's registry of operators is."""
 
-    loaded = False
+    registered = False
+    serving = False
 
 
 def load() -> None:
-    """Builds the kernels, or takes them from torch's compile cache, and registers them.
+    """Builds the kernels, or takes them from torch's compile cache, and lets them serve.
 
     Raises whatever torch's compiler driver does where there is no compiler.
     """
-    if _Library.loaded:
-        return
-    # Inductor's driver knows the compiler, its flags, this processor's vectors and the cache.
-    from torch._inductor.codecache import CppCodeCache
+    if not _State.registered:
+        # Inductor's driver knows the compiler, its flags, this processor's vectors and the cache.
+        from torch._inductor.codecache import CppCodeCache
 
-    CppCodeCache.load(SOURCE.read_text())
-    torch.library.register_fake("minigen::native_linear", _fake_linear)
-    torch.library.register_fake("minigen::native_kv_cache_write", _fake_kv_cache_write)
-    torch.library.register_fake("minigen::native_paged_attention", _fake_paged_attention)
-    _Library.loaded = True
+        CppCodeCache.load(SOURCE.read_text())
+        torch.library.register_fake("minigen::native_linear", _fake_linear)
+        torch.library.register_fake("minigen::native_kv_cache_write", _fake_kv_cache_write)
+        torch.library.register_fake("minigen::native_paged_attention", _fake_paged_attention)
+        _State.registered = True
+    _State.serving = True
+
+
+def unload() -> None:
+    """Leaves the operations to torch's kernels again."""
+    _State.serving = False
 
 
 def serves(*tensors: Tensor) -> bool:
     """Whether the native kernels can take these tensors now. They have no gradients."""
-    if not _Library.loaded:
+    if not _State.serving:
         return False
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     first = tensors[0]

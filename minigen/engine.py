@@ -1,11 +1,12 @@
 """The step loop: requests come in, steps run, outputs come out.
 
-The host reads a step's tokens after it has launched the next one (on a GPU), so a request that
+With `overlap` the host reads a step's tokens after it has launched the next one, so a request that
 stops has at most one surplus token computed, which is thrown away.
 """
 
 import random
 import time
+from collections.abc import Collection
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
@@ -39,7 +40,8 @@ class _Sample:
     sequence: Sequence
     text: TextStream
     output: CompletionOutput
-    counts: TokenCounts | None
+    # 5 bytes a vocabulary entry on the device, so only while it runs.
+    counts: TokenCounts | None = None
 
 
 @dataclass(eq=False)
@@ -74,6 +76,8 @@ class Engine:
         eos_token_ids: ids that end a sample unless `ignore_eos`.
         max_model_len: most tokens of a prompt with its output.
         seed: the draws of requests without a seed follow from it and their order.
+        overlap: launch a step before the last one's tokens are read; None: where the runner's
+            device works beside the host.
     """
 
     def __init__(
@@ -84,7 +88,9 @@ class Engine:
         eos_token_ids: Seq[int],
         max_model_len: int,
         seed: int = 0,
+        overlap: bool | None = None,
     ) -> None:
+        self.overlap = runner.device.type == "cuda" if overlap is None else overlap
         self.runner, self.scheduler, self.tokenizer = runner, scheduler, tokenizer
         self.eos_token_ids = frozenset(eos_token_ids)
         self.max_model_len = max_model_len
@@ -170,7 +176,6 @@ class Engine:
                     params.skip_special_tokens,
                 ),
                 CompletionOutput(index, logprobs=None if params.logprobs is None else []),
-                TokenCounts(ids, vocab_size, self.runner.device) if params.has_penalties else None,
             )
             if params.logprobs is not None:
                 sample.output.cumulative_logprob = 0.0
@@ -209,8 +214,11 @@ class Engine:
                 self._end(sample, "abort", None)
             self._sample_of.pop(sample.sequence, None)
 
-    def step(self) -> list[RequestOutput]:
-        """Runs one step -> the state of every request that got a token, by request."""
+    def step(self, only: Collection[str] | None = None) -> list[RequestOutput]:
+        """Runs one step -> the state of every request that got a token since it was last told.
+
+        `only`: the ids that the caller wants to hear of; the others are told at a later step.
+        """
         previous, self._in_flight = self._in_flight, None
         try:
             if previous is not None and self._host_decides():
@@ -220,7 +228,7 @@ class Engine:
             if previous is not None:
                 self._collect(previous)
             if launched is not None:
-                if self.runner.device.type == "cuda":
+                if self.overlap:
                     self._in_flight = launched
                 else:
                     self._collect(launched)
@@ -229,9 +237,10 @@ class Engine:
             self._in_flight = None
             self.scheduler.reset()
             raise
-        touched, self._touched = self._touched, {}
-        outputs = [request.snapshot() for request in touched.values()]
-        for request in touched.values():
+        told = [request_id for request_id in self._touched if only is None or request_id in only]
+        touched = [self._touched.pop(request_id) for request_id in told]
+        outputs = [request.snapshot() for request in touched]
+        for request in touched:
             if request.finished and self._requests.pop(request.request_id, None):
                 for sample in request.samples:
                     self._sample_of.pop(sample.sequence, None)
@@ -239,10 +248,7 @@ class Engine:
 
     def _host_decides(self) -> bool:
         """Whether the next draw needs output tokens that the host has not read yet."""
-        return any(
-            (sample := self._sample_of[s]).counts is not None or sample.request.params.min_tokens
-            for s in self.scheduler.running
-        )
+        return any(self._sample_of[s].request.params.has_penalties for s in self.scheduler.running)
 
     def _launch(self) -> Launched | None:
         chunks = self.scheduler.schedule()
@@ -257,8 +263,7 @@ class Engine:
                 if params.logprobs is not None:
                     most = params.logprobs if most is None else _most(most, params.logprobs)
             wanted = params.prompt_logprobs
-            in_prompt = chunk.start < chunk.sequence.num_prompt - 1
-            if wanted is not None and sample.output.index == 0 and in_prompt:
+            if wanted is not None and sample.output.index == 0 and self._is_unscored(sample, chunk):
                 scored[i] = wanted
         launched = self.runner.launch(chunks, rows, most, scored)
         stats = self._stats
@@ -268,8 +273,23 @@ class Engine:
         )
         return launched
 
+    @staticmethod
+    def _is_unscored(sample: _Sample, chunk: Chunk) -> bool:
+        """Whether the chunk has prompt tokens, and was not scored before a preemption."""
+        scores, last = sample.request.prompt_logprobs, chunk.sequence.num_prompt - 1
+        if scores is None or chunk.start >= last:
+            return False
+        return scores[min(chunk.start + chunk.length, last)] is None
+
     def _row(self, sample: _Sample, chunk: Chunk) -> Row:
         request = sample.request
+        if request.params.has_penalties and sample.counts is None:
+            sample.counts = TokenCounts(
+                request.prompt_ids,
+                self.runner.model.config.vocab_size,
+                self.runner.device,
+                sample.output.token_ids,
+            )
         return Row(
             params=request.params,
             seed=request.seed,
@@ -277,15 +297,17 @@ class Engine:
             position=chunk.start + chunk.length,
             prompt_token_ids=request.prompt_ids,
             output_token_ids=sample.output.token_ids,
-            stop_ids=request.stop_ids,
+            # vLLM rules the end out below min_tokens even where it would be ignored.
+            stop_ids=request.stop_ids | self.eos_token_ids,
+            num_pending=chunk.sequence.num_pending - 1,  # without the token drawn here
             counts=sample.counts,
         )
 
     def _collect(self, launched: Launched) -> None:
         """Reads a step's results into its requests."""
-        tokens, logprobs = launched.wait()
+        tokens, logprobs, all_scores = launched.wait()
         now = time.perf_counter()
-        for chunk, scores in launched.scores:
+        for chunk, scores in all_scores:
             sample = self._sample_of.get(chunk.sequence)
             if sample is not None:
                 self._take_scores(sample.request, chunk, scores)
@@ -339,7 +361,7 @@ class Engine:
             stop = sample.text.flush(may_stop=reason != "abort")
             if stop is not None and reason == "length":
                 reason, stop_reason = "stop", stop
-        output = sample.output
+        output, sample.counts = sample.output, None
         output.text = sample.text.text
         output.finish_reason, output.stop_reason = reason, stop_reason
         self.scheduler.finish(sample.sequence)

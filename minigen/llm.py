@@ -104,8 +104,9 @@ class LLM:
         ) * self.dtype.itemsize
         if num_cache_blocks is None:
             reserve = max_num_batched_tokens * (config.hidden_size + config.intermediate_size) * 16
-            reserve += max_num_seqs * config.vocab_size * 32
-            free = _free_memory(self.device, gpu_memory_utilization) - reserve
+            reserve += max_num_seqs * config.vocab_size * 72  # a draw that sorts takes 63 bytes
+            free = _free_memory(self.device, gpu_memory_utilization)
+            free -= min(reserve, free // 2)  # a small machine seldom runs max_num_seqs at once
             enough = max_num_seqs * -(-wanted // block_size)
             num_cache_blocks = max(0, min(enough, free // block_bytes))
         room = num_cache_blocks * block_size
@@ -214,18 +215,20 @@ class LLM:
             raise ValueError(f"n is {params.n}: a stream has one continuation")
         request_id = self._new_id()
         self.engine.add_request(request_id, prompt, params)
-        return self._pieces(request_id)
+        pieces = self._pieces(request_id)
+        next(pieces)  # from here on, whoever drops the stream ends the request
+        return pieces
 
     def _pieces(self, request_id: str) -> Iterator[str]:
         shown, finished = 0, False
         try:
+            yield ""
             while not finished:
-                for output in self.engine.step():
-                    if output.request_id == request_id:
-                        text, finished = output.outputs[0].text, output.finished
-                        if len(text) > shown:
-                            yield text[shown:]
-                            shown = len(text)
+                for output in self.engine.step(only=[request_id]):
+                    text, finished = output.outputs[0].text, output.finished
+                    if len(text) > shown:
+                        yield text[shown:]
+                        shown = len(text)
         finally:
             if not finished:
                 self._drop([request_id])
@@ -262,8 +265,8 @@ class LLM:
             waiting = set(ids)
             with tqdm(total=len(ids), desc="Requests", disable=not progress, delay=2) as bar:
                 while waiting:
-                    for output in self.engine.step():
-                        if output.finished and output.request_id in waiting:
+                    for output in self.engine.step(only=waiting):
+                        if output.finished:
                             waiting.remove(output.request_id)
                             done[output.request_id] = output
                             bar.update()

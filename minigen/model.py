@@ -680,13 +680,13 @@ class Decoder(nn.Module):
                 at + "mlp.", "gate_up_proj", ("gate_proj", "up_proj"), mlp.gate_up_proj,
                 [hidden, hidden], config.fused_checkpoint,
             )  # fmt: skip
-            for name, linear in (
+            for name, layer in (
                 ("self_attn.o_proj", attention.o_proj),
                 ("mlp.down_proj", mlp.down_proj),
             ):
-                yield f"{at}{name}.weight", linear.weight.data
-                if linear.bias is not None:
-                    yield f"{at}{name}.bias", linear.bias.data
+                yield f"{at}{name}.weight", layer.weight.data
+                if layer.bias is not None:
+                    yield f"{at}{name}.bias", layer.bias.data
             if config.qk_norm:
                 yield at + "self_attn.q_norm.weight", attention.q_norm.weight.data
                 yield at + "self_attn.k_norm.weight", attention.k_norm.weight.data

@@ -59,20 +59,30 @@ class Launched:
     sampled: list[Chunk]
     tokens_R: Tensor | None
     logprobs: tuple[Tensor, ...] | None
-    scores: list[tuple[Chunk, ChosenLogprobs]]
+    scores: list[tuple[Chunk, list[tuple[Tensor, ...]]]]  # in parts of SCORE_ROWS
     event: torch.cuda.Event | None
 
-    def wait(self) -> tuple[list[int], ChosenLogprobs | None]:
-        """One token a chunk of `sampled`, and their log-probabilities where asked for."""
+    def wait(
+        self,
+    ) -> tuple[list[int], ChosenLogprobs | None, list[tuple[Chunk, ChosenLogprobs]]]:
+        """One token a chunk of `sampled`, their log-probabilities where asked for, and scores."""
         if self.event is not None:
             self.event.synchronize()
         num = len(self.sampled)
         tokens = self.tokens_R[:num].tolist() if self.tokens_R is not None else []
-        return tokens, _to_host(self.logprobs, num) if self.logprobs else None
+        logprobs = _lists([self.logprobs], num) if self.logprobs else None
+        return tokens, logprobs, [(chunk, _lists(parts)) for chunk, parts in self.scores]
 
 
-def _to_host(tensors: tuple[Tensor, ...], num: int) -> ChosenLogprobs:
-    return ChosenLogprobs(*(tensor[:num].tolist() for tensor in tensors))
+def _lists(parts: list[tuple[Tensor, ...]], num: int | None = None) -> ChosenLogprobs:
+    """Tensors on the host, cut off after `num` rows each, as one."""
+    found = ChosenLogprobs([], [], [], [])
+    for values_R, ranks_R, top_values_Rk, top_ids_Rk in parts:
+        found.values_R += values_R[:num].tolist()
+        found.ranks_R += ranks_R[:num].tolist()
+        found.top_values_Rk += top_values_Rk[:num].tolist()
+        found.top_ids_Rk += top_ids_Rk[:num].tolist()
+    return found
 
 
 @dataclass
@@ -179,9 +189,9 @@ class Runner:
     def _compile(self, num_threads: int) -> None:
         torch.set_num_threads(num_threads)  # a new thread starts with its own number
         mode = None if self.compile == "default" else self.compile
+        if self.device.type == "cpu":
+            self._load_native()
         try:
-            if self.device.type == "cpu":
-                native.load()
             # The compile cache takes no notice of bounds, and what it kept for others is refused.
             tag = f"minigen: T <= {self._most_tokens}, S <= {self._most_rows}"
             with (
@@ -213,6 +223,19 @@ class Runner:
             return
         self._hidden, self._head = hidden, head
         self._status = "ready"
+
+    @staticmethod
+    def _load_native() -> None:
+        try:
+            native.load()
+        # Without a compiler the next step fails, too, and says so; all else is only slower.
+        except Exception as error:
+            reason = str(error).strip().splitlines()
+            warnings.warn(
+                f"minigen's CPU kernels could not be built, torch's serve in their place: "
+                f"{type(error).__name__}: {reason[0] if reason else 'no reason'}",
+                stacklevel=2,
+            )
 
     @property
     def _most_tokens(self) -> int:
@@ -303,31 +326,27 @@ class Runner:
             self.last_tokens_M[step.rows_R] = drawn_R
             if num_logprobs is not None:
                 logprobs = top_logprobs(logits_RV, drawn_R, num_logprobs)
-            if self.device.type == "cuda":
-                tokens_R = drawn_R.to("cpu", non_blocking=True)
-                if logprobs is not None:
-                    logprobs = tuple(t.to("cpu", non_blocking=True) for t in logprobs)
-                event = torch.cuda.Event()
-                event.record()
-            else:
-                tokens_R = drawn_R
+            tokens_R = self._download(drawn_R)
+            if logprobs is not None:
+                logprobs = tuple(self._download(t) for t in logprobs)
+        if self.device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record()
         return Launched(chunks, sampled, tokens_R, logprobs, scores, event)
 
-    def _score(self, hidden_TE: Tensor, chunks: list[Chunk], i: int, top: int) -> ChosenLogprobs:
-        """Log-probabilities of the prompt tokens that follow each token of chunk i."""
+    def _score(
+        self, hidden_TE: Tensor, chunks: list[Chunk], i: int, top: int
+    ) -> list[tuple[Tensor, ...]]:
+        """Log-probabilities of the prompt tokens that follow each token of chunk i, in parts."""
         chunk = chunks[i]
         begin = sum(other.length for other in chunks[:i])
         following = chunk.sequence.tokens[chunk.start + 1 : chunk.start + chunk.length + 1]
         following = following[: max(0, chunk.sequence.num_prompt - chunk.start - 1)]
-        parts = ChosenLogprobs([], [], [], [])
+        parts = []
         for at in range(0, len(following), SCORE_ROWS):
-            tokens_R = torch.tensor(following[at : at + SCORE_ROWS], device=self.device)
+            tokens_R = self._to_device(torch.tensor(following[at : at + SCORE_ROWS]))
             logits_RV = self.model.logits(hidden_TE[begin + at : begin + at + len(tokens_R)])
-            part = _to_host(top_logprobs(logits_RV, tokens_R, top), len(tokens_R))
-            parts.values_R += part.values_R
-            parts.ranks_R += part.ranks_R
-            parts.top_values_Rk += part.top_values_Rk
-            parts.top_ids_Rk += part.top_ids_Rk
+            parts.append(tuple(self._download(t) for t in top_logprobs(logits_RV, tokens_R, top)))
         return parts
 
     def _prepare(self, chunks: list[Chunk]) -> StepTensors:
@@ -374,7 +393,15 @@ class Runner:
         tensors = []
         for name, array in arrays.items():
             host = torch.from_numpy(array.astype(np.int32 if name in int32 else np.int64))
-            if self.device.type == "cuda":
-                host = host.pin_memory().to(self.device, non_blocking=True)
-            tensors.append(host)
+            tensors.append(self._to_device(host))
         return StepTensors(*tensors)
+
+    def _to_device(self, host: Tensor) -> Tensor:
+        """Copied from pinned memory: the host does not wait."""
+        if self.device.type == "cuda":
+            return host.pin_memory().to(self.device, non_blocking=True)
+        return host
+
+    def _download(self, tensor: Tensor) -> Tensor:
+        """A copy in (pinned) host memory that is complete when the step's event is."""
+        return tensor.to("cpu", non_blocking=True)

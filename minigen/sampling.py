@@ -239,7 +239,8 @@ class Row:
 
     `seed` is 64 bits (`params.seed`, or one that the engine chose), `sample` the index among the
     request's `n`, `position` the absolute position that the token will have. `stop_ids` are ruled
-    out while there are fewer than `min_tokens` outputs. `counts` carries the penalties' state from
+    out while there are fewer than `min_tokens` outputs, of which the last `num_pending` are not in
+    `output_token_ids` yet. `counts` carries the penalties' state from
     step to step; without it the state is built anew from the ids at every step.
     """
 
@@ -250,11 +251,13 @@ class Row:
     prompt_token_ids: Sequence[int]
     output_token_ids: Sequence[int]
     stop_ids: frozenset[int] = frozenset()
+    num_pending: int = 0
     counts: TokenCounts | None = field(default=None, repr=False)
 
     @property
     def masks_stop_ids(self) -> bool:
-        return bool(self.stop_ids) and len(self.output_token_ids) < self.params.min_tokens
+        num_outputs = len(self.output_token_ids) + self.num_pending
+        return bool(self.stop_ids) and num_outputs < self.params.min_tokens
 
     @property
     def needs_edits(self) -> bool:

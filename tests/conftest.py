@@ -60,6 +60,15 @@ def few_threads() -> None:
     torch.set_num_threads(min(torch.get_num_threads(), MOST_THREADS))
 
 
+@pytest.fixture(autouse=True)
+def torchs_kernels() -> Iterator[None]:
+    """Each test starts with torch's CPU kernels, whatever an earlier one has compiled."""
+    yield
+    native = sys.modules.get("minigen.kernels.native")
+    if native is not None:
+        native.unload()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def loaded_once() -> Iterator[None]:
     """No module of `kernels/` or `weights/` under a second name: its ops would register twice.

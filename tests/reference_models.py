@@ -184,6 +184,7 @@ CASES = [
         },
     ),
 ]
+BY_NAME = {case.name: case for case in CASES}
 
 
 def full(name: str, family: str, layers: int, widths: tuple[int, ...], **options: Any) -> Case:

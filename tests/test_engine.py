@@ -20,9 +20,11 @@ from hypothesis.stateful import (
 from minigen import LLM, SamplingParams
 from minigen.cache import BlockPool
 from minigen.engine import Engine
+from minigen.kernels import native
 from minigen.model import Decoder, DecoderConfig
 from minigen.runner import Runner
 from minigen.scheduler import Scheduler
+from tests.reference_models import BY_NAME
 
 VOCAB = 61
 LIMIT = 48
@@ -68,6 +70,7 @@ def engine(
     budget: int = 64,
     caching: bool = True,
     long_rope: bool = False,
+    overlap: bool = False,
 ) -> Engine:
     model = decoder(long_rope)
     runner = Runner(
@@ -80,7 +83,7 @@ def engine(
     )
     pool = BlockPool(num_blocks, block_size, caching)
     scheduler = Scheduler(pool, max_num_seqs, budget, model.config.rope_switch)
-    return Engine(runner, scheduler, None, [0], LIMIT)
+    return Engine(runner, scheduler, None, [0], LIMIT, overlap=overlap)
 
 
 def run(
@@ -141,16 +144,24 @@ def test_seeded_draws_do_not_depend_on_neighbours(
 
 
 class StepLoop(RuleBasedStateMachine):
-    """Requests come, run, share prefixes and leave, in a cache too small for all."""
+    """Requests come, run, share prefixes and leave, in a cache too small for all.
+
+    With `overlap` a step is in flight whenever anything happens, as on a GPU.
+    """
 
     @initialize(
         block_size=st.sampled_from([1, 4]),
         budget=st.sampled_from([3, 8, 64]),
         caching=st.booleans(),
+        long_rope=st.booleans(),
+        overlap=st.booleans(),
     )
-    def start(self, block_size: int, budget: int, caching: bool) -> None:
+    def start(
+        self, block_size: int, budget: int, caching: bool, long_rope: bool, overlap: bool
+    ) -> None:
         self.num_blocks = LIMIT // block_size + 3
-        self.engine = engine(self.num_blocks, block_size, 3, budget, caching)
+        self.long_rope = long_rope
+        self.engine = engine(self.num_blocks, block_size, 3, budget, caching, long_rope, overlap)
         self.wanted: dict[str, tuple[list[int], SamplingParams]] = {}
         self.finished: dict[str, list[list[int]]] = {}
         self.count = 0
@@ -162,6 +173,8 @@ class StepLoop(RuleBasedStateMachine):
         temperature=st.sampled_from([0.0, 1.0]),
         seed=st.integers(0, 99),
         ignore_eos=st.booleans(),
+        penalty=st.sampled_from([1.0, 1.3]),
+        min_tokens=st.sampled_from([0, 1, 5]),
     )
     def add(
         self,
@@ -171,12 +184,17 @@ class StepLoop(RuleBasedStateMachine):
         temperature: float,
         seed: int,
         ignore_eos: bool,
+        penalty: float,
+        min_tokens: int,
     ) -> None:
         shared = random.Random(prefix).choices(range(VOCAB), k=11 * prefix)
         params = SamplingParams(
             temperature=temperature,
             seed=seed,
             max_tokens=max_tokens,
+            min_tokens=min(min_tokens, max_tokens),
+            repetition_penalty=penalty,
+            stop_token_ids=list(range(1, 12)),  # with eos, a fifth of the vocabulary
             ignore_eos=ignore_eos,
             n=1 if temperature == 0 else 2,
         )
@@ -192,6 +210,21 @@ class StepLoop(RuleBasedStateMachine):
                     assert output.request_id not in self.finished, "a request ended twice"
                     assert output.request_id in self.wanted, "an aborted request went on"
                     self.finished[output.request_id] = [o.token_ids for o in output.outputs]
+
+    @rule()
+    def step_that_fails(self) -> None:
+        launch = self.engine.runner.launch
+
+        def broken(*_: object) -> None:
+            raise MemoryError
+
+        self.engine.runner.launch = broken  # pyright: ignore[reportAttributeAccessIssue]
+        try:
+            self.step(1)
+        except MemoryError:
+            pass
+        finally:
+            self.engine.runner.launch = launch
 
     @precondition(lambda self: self.wanted.keys() - self.finished.keys())
     @rule(data=st.data())
@@ -230,7 +263,8 @@ class StepLoop(RuleBasedStateMachine):
         assert self.finished.keys() == self.wanted.keys()
         assert self.engine.scheduler.pool.num_used == 0
         for name, (prompt, params) in self.wanted.items():
-            assert self.finished[name] == run(engine(), [prompt], [params])[0]
+            alone = engine(long_rope=self.long_rope)
+            assert self.finished[name] == run(alone, [prompt], [params])[0]
 
 
 TestStepLoop = StepLoop.TestCase
@@ -344,6 +378,178 @@ def test_bad_requests_are_refused_and_harm_nobody(prompt: object, params: dict, 
         made.add_request("a", [1], SamplingParams())
 
 
+def logits_after(ids: list[int]) -> torch.Tensor:
+    """The oracle's logits for the token that follows."""
+    offsets = torch.tensor([0, len(ids)])
+    jagged = torch.nested.nested_tensor_from_jagged(torch.tensor(ids), offsets)
+    return decoder()(jagged).values()[-1]
+
+
+def edited_greedy(prompt: list[int], params: SamplingParams) -> list[int]:
+    """The oracle of what changes logits: one sequence, one token at a time, in vLLM's order."""
+    outputs: list[int] = []
+    assert params.max_tokens is not None
+    while len(outputs) < params.max_tokens:
+        logits = logits_after(prompt + outputs)
+        if len(outputs) < params.min_tokens:
+            logits[[0, *(params.stop_token_ids or ())]] = -torch.inf
+        for token, bias in (params.logit_bias or {}).items():
+            logits[token] += bias
+        for token in {*prompt, *outputs}:
+            factor = params.repetition_penalty
+            logits[token] = logits[token] / factor if logits[token] > 0 else logits[token] * factor
+        for token in set(outputs):
+            logits[token] -= params.frequency_penalty * outputs.count(token)
+            logits[token] -= params.presence_penalty
+        outputs.append(int(logits.argmax()))
+        ends = {*(params.stop_token_ids or ())} | (set() if params.ignore_eos else {0})
+        if outputs[-1] in ends and len(outputs) >= params.min_tokens:
+            break
+    return outputs
+
+
+edits = st.builds(
+    SamplingParams,
+    temperature=st.just(0),
+    max_tokens=st.just(12),
+    repetition_penalty=st.sampled_from([1.0, 1.7]),
+    frequency_penalty=st.sampled_from([0.0, 1.5]),
+    presence_penalty=st.sampled_from([0.0, 2.0, -2.0]),
+    logit_bias=st.sampled_from([None, {5: 4.0}, {0: 100.0}]),
+    min_tokens=st.sampled_from([0, 4, 12]),
+    stop_token_ids=st.sampled_from([None, list(range(1, 25))]),
+    ignore_eos=st.booleans(),
+)
+
+
+@given(st.lists(st.tuples(prompts, edits), min_size=1, max_size=4), st.booleans())
+def test_what_edits_logits_reaches_each_request(
+    many: list[tuple[list[int], SamplingParams]], overlap: bool
+) -> None:
+    made = engine(num_blocks=LIMIT // 4 + 6, max_num_seqs=3, budget=16, overlap=overlap)
+    found = run(made, [prompt for prompt, _ in many], [params for _, params in many])
+    assert found == [[edited_greedy(prompt, params)] for prompt, params in many]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_log_probabilities_are_those_of_the_own_row(overlap: bool) -> None:
+    made, many = engine(overlap=overlap), [[1, 2, 3], [9, 8, 7, 6], [5]]
+    for i, prompt in enumerate(many):
+        params = SamplingParams(seed=i, max_tokens=6, ignore_eos=True, logprobs=(None, 0, 3)[i])
+        made.add_request(str(i), prompt, params)
+    found = {}
+    while made.has_unfinished():
+        found.update({int(o.request_id): o.outputs[0] for o in made.step() if o.finished})
+    assert found[0].logprobs is None
+    for i, top in ((1, 0), (2, 3)):
+        total = 0.0
+        for at, entries in enumerate(found[i].logprobs):
+            token = found[i].token_ids[at]
+            logits = logits_after(many[i] + found[i].token_ids[:at])
+            expected = logits.log_softmax(-1)
+            likeliest = logits.topk(top).indices.tolist()
+            assert next(iter(entries)) == token
+            assert set(entries) == {token, *likeliest}
+            for other, entry in entries.items():
+                assert entry.logprob == pytest.approx(float(expected[other]), abs=1e-4)
+                assert entry.rank == 1 + int((logits > logits[other]).sum())
+            total += entries[token].logprob
+        assert found[i].cumulative_logprob == pytest.approx(total)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize(
+    ("params", "reason"),
+    [
+        ({"stop_token_ids": [7]}, ("stop", 7)),
+        ({"stop_token_ids": [0]}, ("stop", None)),  # the end of text, as vLLM reports it
+        ({"stop_token_ids": [0], "ignore_eos": True}, ("stop", 0)),
+        ({"ignore_eos": True}, ("length", None)),
+        ({}, ("stop", None)),
+    ],
+)
+def test_why_a_sample_ended(params: dict, reason: tuple, overlap: bool) -> None:
+    made = engine(overlap=overlap)
+    bias = {7 if params.get("stop_token_ids") == [7] else 0: 100.0}
+    made.add_request(
+        "a", [3, 4], SamplingParams(temperature=0, max_tokens=5, logit_bias=bias, **params)
+    )
+    outputs = []
+    while made.has_unfinished():
+        outputs = made.step() or outputs
+    output = outputs[0].outputs[0]
+    assert (output.finish_reason, output.stop_reason) == reason
+    assert len(output.token_ids) == (5 if reason[0] == "length" else 1)
+
+
+def test_a_request_scored_before_long_rope_is_not_scored_again() -> None:
+    made, prompt = engine(long_rope=True), list(range(1, 16))
+    made.add_request(
+        "a",
+        prompt,
+        SamplingParams(temperature=0, max_tokens=12, prompt_logprobs=0, ignore_eos=True),
+    )
+    told = []
+    while made.has_unfinished():
+        for output in made.step():
+            found = zip(prompt, output.prompt_logprobs or [], strict=True)
+            told.append([entry[token].logprob for token, entry in found if entry])
+    assert len(told) == 12  # the switch is at 20
+    assert len(told[0]) == len(prompt) - 1
+    assert all(scores == told[0] for scores in told)
+
+
+def test_penalties_take_memory_only_while_a_request_runs() -> None:
+    made = engine(max_num_seqs=2)
+    params = SamplingParams(repetition_penalty=1.2, max_tokens=3, ignore_eos=True)
+    for i in range(9):
+        made.add_request(str(i), [1, 2, 3], params)
+    while made.has_unfinished():
+        made.step()
+        counted = [s for s in made._sample_of.values() if s.counts is not None]
+        assert len(counted) <= 2
+
+
+@pytest.fixture(scope="module")
+def small_llm(tmp_path_factory) -> LLM:
+    path = tmp_path_factory.mktemp("small")
+    case = BY_NAME["qwen3"]
+    case.save(case.build(), path)
+    return LLM(path, compile="eager", num_cache_blocks=64, progress=False)
+
+
+def test_scores_are_the_decoders(small_llm: LLM) -> None:
+    model = small_llm._runner.model
+    many = [[5, 6, 7, 8], [1], list(range(2, 40))]
+    for prompt, scores in zip(many, small_llm.score(many, progress=False), strict=True):
+        offsets = torch.tensor([0, len(prompt)])
+        jagged = torch.nested.nested_tensor_from_jagged(torch.tensor(prompt), offsets)
+        expected = model(jagged).values().log_softmax(-1)
+        assert scores[0] is None
+        assert scores[1:] == pytest.approx(
+            [float(expected[i, token]) for i, token in enumerate(prompt[1:])], abs=1e-4
+        )
+
+
+def test_streams_and_calls_may_alternate(small_llm: LLM) -> None:
+    params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+    streams = [small_llm.stream([3, i], params) for i in range(2)]
+    assert len(small_llm.generate([[4, 4], [5]], params, progress=False)) == 2
+    small_llm.engine.add_request("mine", [6], params)
+    assert [list(stream) for stream in streams] == [[], []]  # no tokenizer: no text
+    told = []
+    while small_llm.engine.has_unfinished():
+        told += small_llm.engine.step()
+    assert [(o.request_id, len(o.outputs[0].token_ids)) for o in told[-1:]] == [("mine", 5)]
+
+
+def test_a_stream_that_is_dropped_ends_its_request(small_llm: LLM) -> None:
+    stream = small_llm.stream([1, 2], SamplingParams(max_tokens=9))
+    assert small_llm.engine.has_unfinished()
+    del stream
+    assert not small_llm.engine.has_unfinished()
+
+
 def test_the_real_checkpoint_tells_its_story(shared_dir) -> None:
     path = shared_dir / "models" / "stories260K"
     golden = json.loads((path / "golden_greedy.json").read_text())["ids"]
@@ -406,7 +612,10 @@ def test_every_setting_compiles(max_num_seqs: int, budget: int) -> None:
 
 
 @pytest.mark.slow
-def test_the_compiled_step_copies_no_cache(monkeypatch, tmp_path) -> None:
+@pytest.mark.parametrize("kernels", ["torch", "native"])
+def test_the_compiled_step_copies_no_cache(monkeypatch, tmp_path, kernels: str) -> None:
+    if kernels == "native":
+        native.load()
     monkeypatch.setenv(
         "TORCHINDUCTOR_CACHE_DIR", str(tmp_path)
     )  # code must be generated to be read
@@ -422,7 +631,7 @@ def test_the_compiled_step_copies_no_cache(monkeypatch, tmp_path) -> None:
         compiled = torch.compile(runner._hidden_step, fullgraph=True)
         _, sources = run_and_get_code(compiled, *runner._hidden_inputs(step))
     code = "\n".join(sources)
-    assert "kv_cache_write" in code
+    assert f"minigen.{'native_' * (kernels == 'native')}kv_cache_write" in code
     allocations = [line for line in code.splitlines() if "empty_strided" in line and "211" in line]
     assert not allocations
     # Copies are flat: a loop or a buffer over a whole cache, or several, bears its size.

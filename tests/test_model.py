@@ -16,8 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from minigen import LLM, SamplingParams
 from minigen.model import FAMILIES, Decoder, DecoderConfig, offsets_of, rope_frequencies
 from tests.reference_models import (
+    BY_NAME,
     CASES,
     FULL_CASES,
     SMALL,
@@ -34,7 +36,6 @@ from tests.reference_models import (
 
 # Empty and single sequences, both sides of the windows (8, 10) and of long rope's switch (32).
 LENGTHS = (1, 0, 8, 9, 32, 33, 70, 0)
-BY_NAME = {case.name: case for case in CASES}
 by_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
@@ -114,6 +115,15 @@ def test_greedy_tokens_equal_transformers(tmp_path: Path, case: Case):
             tokens.append(int(logits_TV[-1].argmax()))
 
     assert [s[len(p) :] for s, p in zip(sequences, prompts, strict=True)] == expected
+
+    # Through the paged cache: windows over blocks, chunks of prompts, decode.
+    llm = LLM(
+        tmp_path, compile="eager", block_size=4, max_num_batched_tokens=16, max_num_seqs=2,
+        progress=False,
+    )  # fmt: skip
+    params = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
+    outputs = llm.generate([list(map(int, p)) for p in prompts], params, progress=False)
+    assert [output.outputs[0].token_ids for output in outputs] == expected
 
 
 def test_config_is_saved_in_the_words_of_the_installed_transformers(tmp_path: Path):
