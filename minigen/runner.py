@@ -12,18 +12,27 @@ from __future__ import annotations
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from minigen.graphs import DecodeGraphs
 from minigen.kernels import native
 from minigen.model import Decoder, PagedKV
-from minigen.sampling import Row, SamplingParams, SamplingTensors, draw, edit_logits, top_logprobs
+from minigen.sampling import (
+    Row,
+    SamplingParams,
+    SamplingTensors,
+    draw,
+    edit_logits,
+    mode_for,
+    top_logprobs,
+)
 from minigen.scheduler import Chunk
+from minigen.step import StepSize, StepTensors, write_step
 
 COMPILE_MODES = ("eager", "default", "reduce-overhead", "max-autotune")
 COMPILE_THREAD = "minigen-compile"
@@ -85,21 +94,6 @@ def _lists(parts: list[tuple[Tensor, ...]], num: int | None = None) -> ChosenLog
     return found
 
 
-@dataclass
-class StepTensors:
-    """A step on the device. T and S are at least 2: a compiled size of 1 would be a constant."""
-
-    tokens_T: Tensor  # -1: the token that row `token_rows_T` sampled last
-    token_rows_T: Tensor
-    positions_T: Tensor
-    slots_T: Tensor
-    cu_seqlens_S1: Tensor
-    kv_lens_S: Tensor
-    block_table_SW: Tensor
-    last_R: Tensor  # where the rows to sample lie in T
-    rows_R: Tensor
-
-
 class Runner:
     """Owns the decoder, the cache's memory and the compiled functions.
 
@@ -108,6 +102,8 @@ class Runner:
         num_blocks, block_size: the cache is a (k, v) pair a layer, [num_blocks, block_size, K, D].
         max_num_seqs: M; max_num_batched_tokens: the most tokens a step has.
         compile: one of `COMPILE_MODES`.
+        decode_graphs: replay decode steps from CUDA graphs (elsewhere: from the same buffers).
+            None: on a GPU where `compile` is "default"; two of the other words are torch's graphs.
     """
 
     def __init__(
@@ -119,6 +115,7 @@ class Runner:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         compile: str = "default",
+        decode_graphs: bool | None = None,
     ) -> None:
         check_compile_mode(compile)
         config = model.config
@@ -141,6 +138,17 @@ class Runner:
         self._status = "eager" if compile == "eager" else "compiling"
         self._hidden: Callable[..., Tensor] = self._hidden_step
         self._head: Callable[..., tuple[Tensor, Tensor]] = self._head_step
+        self._graphs: DecodeGraphs | None = None
+        if decode_graphs or (
+            decode_graphs is None and self.device.type == "cuda" and compile == "default"
+        ):
+            self._graphs = DecodeGraphs(
+                self._decode_call,
+                self._null_sampling,
+                self._write_null_step,
+                max_num_seqs,
+                self.device,
+            )
 
     @property
     def compile_status(self) -> str:
@@ -205,14 +213,13 @@ class Runner:
                 hidden = torch.compile(self._hidden_step, fullgraph=True, mode=mode)
                 head = torch.compile(self._head_step, fullgraph=True, mode=mode)
                 # Sizes all differ: equal ones would be taken for one and the same.
-                step = self._null_step(num_tokens=11, num_seqs=5, width=7, num_rows=3)
+                step = self._null_step(StepSize(num_tokens=11, num_seqs=5, num_rows=3, width=7))
                 self._mark(step)
                 hidden_TE = hidden(*self._hidden_inputs(step))
                 hidden_TE = hidden_TE.clone()
                 torch._dynamo.mark_dynamic(hidden_TE, 0, min=2, max=self._most_tokens)
-                for params in (SamplingParams(temperature=0.0), SamplingParams()):
-                    rows = [self._null_row(params)] * 3
-                    sampling = self._sampling(rows)
+                for draw_mode in COMPILED_DRAWS:
+                    sampling = self._null_sampling(3, draw_mode, None)
                     for tensor in (step.last_R, *sampling.tensors()):
                         torch._dynamo.mark_dynamic(tensor, 0, min=2, max=self._most_rows)
                     head(hidden_TE, step.last_R, sampling.mode, *sampling.tensors())
@@ -257,28 +264,23 @@ class Runner:
         mark(step.block_table_SW, 0, min=2, max=seqs)
         mark(step.block_table_SW, 1, min=2, max=max(64, 2 * self.num_blocks))
 
-    def _null_step(self, num_tokens: int, num_seqs: int, width: int, num_rows: int) -> StepTensors:
+    def _null_step(self, size: StepSize) -> StepTensors:
         """A step that touches no cache block and no row that anybody owns."""
-        ends = np.minimum(np.arange(num_seqs + 1) * 2, num_tokens)
-        ends[-1] = num_tokens
-        return self._upload(
-            tokens=np.zeros(num_tokens, np.int64),
-            token_rows=np.full(num_tokens, self.max_num_seqs),
-            positions=np.zeros(num_tokens, np.int64),
-            slots=np.full(num_tokens, -1),
-            ends=ends,
-            kv_lens=np.zeros(num_seqs, np.int64),
-            table=np.zeros((num_seqs, width), np.int32),
-            last=np.zeros(num_rows, np.int64),
-            rows=np.full(num_rows, self.max_num_seqs),
-        )
+        return size.views(self._upload([], size))
+
+    def _write_null_step(self, step_bytes: Tensor, size: StepSize) -> None:
+        self._upload([], size, step_bytes)
+
+    def _null_sampling(self, num_rows: int, mode: str, into: Tensor | None) -> SamplingTensors:
+        params = SamplingParams(temperature=0.0 if mode == "greedy" else 1.0)
+        return self._sampling([self._null_row(params)] * num_rows, into)
 
     @staticmethod
     def _null_row(params: SamplingParams) -> Row:
         return Row(params, 0, 0, 0, (), ())
 
-    def _sampling(self, rows: list[Row]) -> SamplingTensors:
-        return SamplingTensors.from_rows(rows, self.model.config.vocab_size, self.device)
+    def _sampling(self, rows: list[Row], into: Tensor | None = None) -> SamplingTensors:
+        return SamplingTensors.from_rows(rows, self.model.config.vocab_size, self.device, into)
 
     @staticmethod
     def _hidden_inputs(step: StepTensors) -> tuple[Tensor, ...]:
@@ -306,20 +308,26 @@ class Runner:
             scored: {index of a chunk: number of top log-probabilities} whose prompt is scored.
         """
         sampled = [chunk for chunk in chunks if chunk.samples]
-        step = self._prepare(chunks)
-        hidden_TE = self._hidden(*self._hidden_inputs(step))
-        scores = [(chunks[i], self._score(hidden_TE, chunks, i, top)) for i, top in scored.items()]
+        rows, mode = list(sampling_rows), "greedy"
+        if rows:
+            wanted = mode_for(rows, self.model.config.vocab_size)
+            # Two modes are compiled; the draws that filter run uncompiled on the same logits.
+            mode = wanted if wanted in COMPILED_DRAWS else "greedy"
+        scores = []
+        if self._replays(chunks, scored):
+            step, sampling, drawn_R, logits_RV = self._replay(chunks, rows, mode)
+        else:
+            size = StepSize.of(chunks)
+            step = size.views(self._upload(chunks, size))
+            hidden_TE = self._hidden(*self._hidden_inputs(step))
+            for i, top in scored.items():
+                scores.append((chunks[i], self._score(hidden_TE, chunks, i, top)))
+            if rows:
+                rows = self._padded(rows, size.num_rows)
+                sampling = self._sampling(rows)
+                drawn_R, logits_RV = self._head(hidden_TE, step.last_R, mode, *sampling.tensors())
         tokens_R = logprobs = event = None
         if sampled:
-            rows = list(sampling_rows)
-            if len(rows) == 1:
-                # Of the same mode as the row it keeps company.
-                plain = SamplingParams(temperature=0.0 if rows[0].params.is_greedy else 1.0)
-                rows.append(self._null_row(plain))
-            sampling = self._sampling(rows)
-            # Two modes are compiled; the draws that filter run uncompiled on the same logits.
-            mode = sampling.mode if sampling.mode in COMPILED_DRAWS else "greedy"
-            drawn_R, logits_RV = self._head(hidden_TE, step.last_R, mode, *sampling.tensors())
             if sampling.needs_edits or mode != sampling.mode:
                 edited_RV = edit_logits(logits_RV, rows) if sampling.needs_edits else logits_RV
                 drawn_R = draw(edited_RV, *sampling.tensors(), mode=sampling.mode)
@@ -349,52 +357,70 @@ class Runner:
             parts.append(tuple(self._download(t) for t in top_logprobs(logits_RV, tokens_R, top)))
         return parts
 
-    def _prepare(self, chunks: list[Chunk]) -> StepTensors:
-        size, spare = self.block_size, self.max_num_seqs
-        sequences = [chunk.sequence for chunk in chunks]
-        lengths = np.array([chunk.length for chunk in chunks])
-        starts = np.array([chunk.start for chunk in chunks])
-        ends = np.concatenate(([0], np.cumsum(lengths)))
-        tokens = np.empty(ends[-1], np.int64)
-        for chunk, begin, end in zip(chunks, ends, ends[1:], strict=False):
-            known = chunk.sequence.tokens[chunk.start : chunk.start + chunk.length]
-            tokens[begin : begin + len(known)] = known
-            tokens[begin + len(known) : end] = -1  # pending: it is still on the device
-        # Rounded up to a power of two, so that the kernels see few different widths.
-        width = max(2, 1 << (max(len(s.blocks) for s in sequences) - 1).bit_length())
-        table = np.zeros((len(chunks), width), np.int32)
-        for row, sequence in zip(table, sequences, strict=True):
-            row[: len(sequence.blocks)] = sequence.blocks
-        which = np.repeat(np.arange(len(chunks)), lengths)
-        positions = np.arange(len(tokens)) + (starts - ends[:-1])[which]
-        slots = table[which, positions // size].astype(np.int64) * size + positions % size
-        long = np.array([self.model.max_length if s.long_rope else 0 for s in sequences])
-        rows = np.array([s.row for s in sequences])
-        kv_lens = starts + lengths
-        token_rows = rows[which]
-        positions = positions + long[which]
-        samples = np.array([chunk.samples for chunk in chunks])
-        last, sample_rows = (ends[1:] - 1)[samples], rows[samples]
-        if len(tokens) == 1:
-            tokens, positions = np.append(tokens, 0), np.append(positions, 0)
-            slots, token_rows = np.append(slots, -1), np.append(token_rows, spare)
-        if len(chunks) == 1:
-            ends, kv_lens = np.append(ends, len(tokens)), np.append(kv_lens, 0)
-            table = np.concatenate((table, np.zeros((1, width), np.int32)))
-        if len(last) == 1:
-            last, sample_rows = np.append(last, 0), np.append(sample_rows, spare)
-        return self._upload(
-            tokens=tokens, token_rows=token_rows, positions=positions, slots=slots, ends=ends,
-            kv_lens=kv_lens, table=table, last=last, rows=sample_rows,
-        )  # fmt: skip
+    # --- decode steps of fixed sizes -------------------------------------------------------------
 
-    def _upload(self, **arrays: np.ndarray) -> StepTensors:
-        int32 = {"ends", "kv_lens", "table"}
-        tensors = []
-        for name, array in arrays.items():
-            host = torch.from_numpy(array.astype(np.int32 if name in int32 else np.int64))
-            tensors.append(self._to_device(host))
-        return StepTensors(*tensors)
+    def capture_decode(self) -> Iterator[StepSize]:
+        """Captures the usual decode steps at once, so that none is captured while requests wait."""
+        if self._graphs is not None and self._status in ("eager", "ready"):
+            with torch.inference_mode():
+                yield from self._graphs.capture_all(COMPILED_DRAWS)
+
+    @property
+    def num_captures(self) -> int:
+        """How many steps `capture_decode` captures."""
+        wanted = self._graphs is not None and self.device.type == "cuda"
+        return len(self._graphs.sizes) * len(COMPILED_DRAWS) if wanted and self._graphs else 0
+
+    def _decode_call(
+        self, step: StepTensors, sampling: SamplingTensors, mode: str
+    ) -> tuple[Tensor, Tensor]:
+        hidden_TE = self._hidden(*self._hidden_inputs(step))
+        drawn_R, logits_RV = self._head(hidden_TE, step.last_R, mode, *sampling.tensors())
+        self.last_tokens_M[step.rows_R] = drawn_R
+        return drawn_R, logits_RV
+
+    def _replays(self, chunks: list[Chunk], scored: dict[int, int]) -> bool:
+        """Whether the step only decodes, and what it would replay is compiled."""
+        return (
+            self._graphs is not None
+            and self._status in ("eager", "ready")
+            and not scored
+            and all(chunk.length == 1 and chunk.samples for chunk in chunks)
+        )
+
+    def _replay(
+        self, chunks: list[Chunk], rows: list[Row], mode: str
+    ) -> tuple[StepTensors, SamplingTensors, Tensor, Tensor]:
+        assert self._graphs is not None
+        num_blocks = max(len(chunk.sequence.blocks) for chunk in chunks)
+        size = self._graphs.size_for(len(chunks), num_blocks)
+        step_bytes, sampling_bytes = self._graphs.buffers(size, mode)
+        self._upload(chunks, size, step_bytes)
+        rows += self._padded(rows, size.num_rows)[len(rows) :]
+        sampling = self._sampling(rows, sampling_bytes)
+        return size.views(step_bytes), sampling, *self._graphs.run(size, sampling, mode)
+
+    def _padded(self, rows: list[Row], count: int) -> list[Row]:
+        """The rows and null rows that need no other mode, `count` in all."""
+        greedy = all(row.params.is_greedy for row in rows)
+        null = self._null_row(SamplingParams(temperature=0.0 if greedy else 1.0))
+        return rows + [null] * (count - len(rows))
+
+    # --- to the device and back ------------------------------------------------------------------
+
+    def _upload(
+        self, chunks: Sequence[Chunk], size: StepSize, into: Tensor | None = None
+    ) -> Tensor:
+        """A step's bytes on the device, in one copy that the host does not wait for."""
+        pinned = self.device.type == "cuda"
+        host = torch.empty(size.num_bytes, dtype=torch.uint8, pin_memory=pinned)
+        write_step(
+            host, chunks, size, block_size=self.block_size, spare_row=self.max_num_seqs,
+            long_rope_row=self.model.max_length,
+        )  # fmt: skip
+        if into is not None:
+            return into.copy_(host, non_blocking=True)
+        return host.to(self.device, non_blocking=True)
 
     def _to_device(self, host: Tensor) -> Tensor:
         """Copied from pinned memory: the host does not wait."""

@@ -302,14 +302,20 @@ class SamplingTensors:
 
     @classmethod
     def from_rows(
-        cls, rows: Sequence[Row], vocab_size: int, device: torch.device | str
+        cls,
+        rows: Sequence[Row],
+        vocab_size: int,
+        device: torch.device | str,
+        into: Tensor | None = None,
     ) -> SamplingTensors:
-        """Lay rows out on `device` in one copy, which the host does not wait for."""
+        """Lay rows out on `device` in one copy, which the host does not wait for.
+
+        `into`: a uint8 tensor of `num_bytes(len(rows))` there, which the tensors are views of.
+        """
         device = torch.device(device)
         params = [row.params for row in rows]
-        top_k = [_top_k(p, vocab_size) for p in params]
         ints = [
-            top_k,
+            [_top_k(p, vocab_size) for p in params],
             [_signed(row.seed) for row in rows],
             [row.sample for row in rows],
             [row.position for row in rows],
@@ -319,23 +325,18 @@ class SamplingTensors:
             [p.top_p for p in params],
             [p.min_p for p in params],
         ]
-
-        # Each row of numbers begins at a multiple of 16 bytes: a compiled function copies inputs
-        # that are less aligned than those it was compiled with.
-        width = -(-len(rows) // 4) * 4
-        split = len(ints) * width * 8
-
-        def views(packed: Tensor) -> tuple[Tensor, Tensor]:
-            ints = packed[:split].view(torch.int64).view(4, width)
-            floats = packed[split:].view(torch.float32).view(3, width)
-            return ints[:, : len(rows)], floats[:, : len(rows)]
-
-        size = split + len(floats) * width * 4
-        host = torch.zeros(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
-        host_ints, host_floats = views(host)
+        num_rows = len(rows)
+        host = torch.zeros(
+            cls.num_bytes(num_rows), dtype=torch.uint8, pin_memory=device.type == "cuda"
+        )
+        host_ints, host_floats = _number_views(host, num_rows)
         host_ints.copy_(torch.tensor(ints, dtype=torch.int64))
         host_floats.copy_(torch.tensor(floats, dtype=torch.float32))
-        ints_4R, floats_3R = views(host.to(device, non_blocking=True))
+        if into is None:
+            packed = host.to(device, non_blocking=True)
+        else:
+            packed = into.copy_(host, non_blocking=True)
+        ints_4R, floats_3R = _number_views(packed, num_rows)
         top_k_R, seed_R, sample_R, position_R = ints_4R.unbind()
         temperature_R, top_p_R, min_p_R = floats_3R.unbind()
         return cls(
@@ -346,9 +347,28 @@ class SamplingTensors:
             seed_R,
             sample_R,
             position_R,
-            mode=_mode(params, top_k, vocab_size),
+            mode=mode_for(rows, vocab_size),
             needs_edits=any(row.needs_edits for row in rows),
         )
+
+    @staticmethod
+    def num_bytes(num_rows: int) -> int:
+        return _row_width(num_rows) * (4 * 8 + 3 * 4)
+
+
+def _row_width(num_rows: int) -> int:
+    """A row of numbers begins at a multiple of 16 bytes: a compiled function copies inputs that are
+    less aligned than those it was compiled with."""
+    return -(-num_rows // 4) * 4
+
+
+def _number_views(packed: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """int64 [4, R] and float32 [3, R] in a buffer of `num_bytes(R)`."""
+    width = _row_width(num_rows)
+    split = 4 * width * 8
+    ints = packed[:split].view(torch.int64).view(4, width)
+    floats = packed[split:].view(torch.float32).view(3, width)
+    return ints[:, :num_rows], floats[:, :num_rows]
 
 
 def _top_k(params: SamplingParams, vocab_size: int) -> int:
@@ -359,9 +379,10 @@ def _signed(seed: int) -> int:
     return (seed + 2**63) % 2**64 - 2**63
 
 
-def _mode(params: Sequence[SamplingParams], top_k: Sequence[int], vocab_size: int) -> Mode:
-    sampled = [(p, k) for p, k in zip(params, top_k, strict=True) if not p.is_greedy]
-    filtered = [k for p, k in sampled if k < vocab_size or p.top_p < 1.0]
+def mode_for(rows: Sequence[Row], vocab_size: int) -> Mode:
+    """The cheapest way to draw that serves all rows."""
+    sampled = [row.params for row in rows if not row.params.is_greedy]
+    filtered = [k for p in sampled if (k := _top_k(p, vocab_size)) < vocab_size or p.top_p < 1.0]
     if not sampled:
         return "greedy"
     if not filtered:

@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -20,10 +20,12 @@ from hypothesis.stateful import (
 from minigen import LLM, SamplingParams
 from minigen.cache import BlockPool
 from minigen.engine import Engine
+from minigen.graphs import bucket_sizes
 from minigen.kernels import native
 from minigen.model import Decoder, DecoderConfig
 from minigen.runner import Runner
 from minigen.scheduler import Scheduler
+from minigen.step import StepSize
 from tests.reference_models import BY_NAME
 
 VOCAB = 61
@@ -71,6 +73,7 @@ def engine(
     caching: bool = True,
     long_rope: bool = False,
     overlap: bool = False,
+    decode_graphs: bool = False,
 ) -> Engine:
     model = decoder(long_rope)
     runner = Runner(
@@ -80,6 +83,7 @@ def engine(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=budget,
         compile="eager",
+        decode_graphs=decode_graphs,
     )
     pool = BlockPool(num_blocks, block_size, caching)
     scheduler = Scheduler(pool, max_num_seqs, budget, model.config.rope_switch)
@@ -143,6 +147,40 @@ def test_seeded_draws_do_not_depend_on_neighbours(
     assert alone[0] != alone[1] or len(set(alone[0])) == 1
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 7, 8, 9, 16, 17])
+def test_steps_of_fixed_sizes_draw_the_same(count: int) -> None:
+    """Batches at the captured sizes and one beside them, greedy rows and others together."""
+    many = [[1 + i, 2, 3][: 1 + i % 3] for i in range(count)]
+    params = [
+        SamplingParams(temperature=float(i % 2), seed=i, max_tokens=3 + i % 5, ignore_eos=True)
+        for i in range(count)
+    ]
+    fixed = engine(num_blocks=128, max_num_seqs=17, decode_graphs=True)
+    replayed = []
+    graphs = fixed.runner._graphs
+    assert graphs is not None
+    run_graph = graphs.run
+
+    def watched(size, sampling, mode):
+        replayed.append(size.num_rows)
+        return run_graph(size, sampling, mode)
+
+    graphs.run = watched
+    found = run(fixed, many, params)
+    assert found == run(engine(num_blocks=128, max_num_seqs=17), many, params)
+    assert replayed
+    assert set(replayed) <= {2, 4, 8, 16, 17}
+    assert max(replayed) == next(size for size in (2, 4, 8, 16, 17) if size >= count)
+
+
+@given(st.integers(1, 2100))
+def test_every_batch_has_a_size(max_num_seqs: int) -> None:
+    sizes = bucket_sizes(max_num_seqs)
+    assert sizes == sorted(set(sizes))
+    assert sizes[0] == 2
+    assert sizes[-1] == max(2, max_num_seqs)
+
+
 class StepLoop(RuleBasedStateMachine):
     """Requests come, run, share prefixes and leave, in a cache too small for all.
 
@@ -155,13 +193,22 @@ class StepLoop(RuleBasedStateMachine):
         caching=st.booleans(),
         long_rope=st.booleans(),
         overlap=st.booleans(),
+        decode_graphs=st.booleans(),
     )
     def start(
-        self, block_size: int, budget: int, caching: bool, long_rope: bool, overlap: bool
+        self,
+        block_size: int,
+        budget: int,
+        caching: bool,
+        long_rope: bool,
+        overlap: bool,
+        decode_graphs: bool,
     ) -> None:
         self.num_blocks = LIMIT // block_size + 3
         self.long_rope = long_rope
-        self.engine = engine(self.num_blocks, block_size, 3, budget, caching, long_rope, overlap)
+        self.engine = engine(
+            self.num_blocks, block_size, 3, budget, caching, long_rope, overlap, decode_graphs
+        )
         self.wanted: dict[str, tuple[list[int], SamplingParams]] = {}
         self.finished: dict[str, list[list[int]]] = {}
         self.count = 0
@@ -422,11 +469,22 @@ edits = st.builds(
 )
 
 
-@given(st.lists(st.tuples(prompts, edits), min_size=1, max_size=4), st.booleans())
+# Only min_tokens: no penalty makes the host wait for a step's tokens.
+LATE_STOP = SamplingParams(temperature=0, max_tokens=9, min_tokens=4, logit_bias={0: 100.0})
+
+
+@given(st.lists(st.tuples(prompts, edits), min_size=1, max_size=4), st.booleans(), st.booleans())
+@example([([3, 4], LATE_STOP), ([5], LATE_STOP)], True, True)
 def test_what_edits_logits_reaches_each_request(
-    many: list[tuple[list[int], SamplingParams]], overlap: bool
+    many: list[tuple[list[int], SamplingParams]], overlap: bool, decode_graphs: bool
 ) -> None:
-    made = engine(num_blocks=LIMIT // 4 + 6, max_num_seqs=3, budget=16, overlap=overlap)
+    made = engine(
+        num_blocks=LIMIT // 4 + 6,
+        max_num_seqs=3,
+        budget=16,
+        overlap=overlap,
+        decode_graphs=decode_graphs,
+    )
     found = run(made, [prompt for prompt, _ in many], [params for _, params in many])
     assert found == [[edited_greedy(prompt, params)] for prompt, params in many]
 
@@ -624,7 +682,7 @@ def test_the_compiled_step_copies_no_cache(monkeypatch, tmp_path, kernels: str) 
     runner = Runner(
         decoder(), num_blocks=211, block_size=4, max_num_seqs=8, max_num_batched_tokens=64
     )
-    step = runner._null_step(num_tokens=11, num_seqs=5, width=7, num_rows=3)
+    step = runner._null_step(StepSize(num_tokens=11, num_seqs=5, num_rows=3, width=7))
     runner._mark(step)
     torch._dynamo.reset()
     with torch.inference_mode():

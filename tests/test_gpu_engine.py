@@ -1,5 +1,8 @@
 """The engine on a GPU, with the real kernels, compiled and not."""
 
+import time
+from typing import Any
+
 import pytest
 import torch
 
@@ -74,3 +77,72 @@ def test_a_crowd_and_a_cache_too_small(qwen3: str) -> None:
             one = left.logprobs[i][left.token_ids[i]].logprob
             other = right.logprobs[i][right.token_ids[i]].logprob
             assert one == pytest.approx(other, abs=0.25)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8, 9, 16, 17])
+def test_replayed_steps_agree_with_launched_ones(qwen3: str, count: int) -> None:
+    """Same batch, same kernels, other shapes: the numbers differ by rounding, so near ties may."""
+    options: Any = {"num_cache_blocks": 1024, "max_num_seqs": 17, "max_model_len": 512}
+    replayed = LLM(qwen3, compile="default", progress=False, **options)
+    launched = LLM(qwen3, compile="default", decode_graphs=False, progress=False, **options)
+    assert replayed._runner._graphs is not None
+    many = _prompts([5 + 11 * i for i in range(count)])
+    params = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, logprobs=1)
+    pairs = zip(
+        replayed.generate(many, params, progress=False),
+        launched.generate(many, params, progress=False),
+        strict=True,
+    )
+    for a, b in pairs:
+        left, right = a.outputs[0], b.outputs[0]
+        same = next((i for i in range(40) if left.token_ids[i] != right.token_ids[i]), 40)
+        assert left.logprobs is not None
+        assert right.logprobs is not None
+        for i in range(min(same + 1, 40)):
+            one = left.logprobs[i][left.token_ids[i]].logprob
+            other = right.logprobs[i][right.token_ids[i]].logprob
+            assert one == pytest.approx(other, abs=0.25)
+
+
+def test_seeded_draws_do_not_change_with_neighbours(qwen3: str) -> None:
+    """Same batch shape, other contents: bitwise the same tokens and log-probabilities."""
+    llm = LLM(qwen3, compile="default", num_cache_blocks=1024, progress=False)
+    params = SamplingParams(seed=5, max_tokens=30, ignore_eos=True, logprobs=0)
+    mine, *others = _prompts([50, 60, 70, 80])
+    strangers = [[token // 2 + 1 for token in prompt] for prompt in others]
+    first, second = (
+        llm.generate([mine, *rest], params, progress=False)[0].outputs[0]
+        for rest in (others, strangers)
+    )
+    assert first.token_ids == second.token_ids
+    assert first.cumulative_logprob == second.cumulative_logprob
+
+
+@pytest.mark.parametrize("compile", ["reduce-overhead", "max-autotune"])
+def test_torchs_own_graphs_are_used(qwen3: str, compile: str) -> None:
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    llm = LLM(qwen3, compile=compile, num_cache_blocks=1024, max_model_len=512, progress=False)
+    assert llm.compile_status == "ready"
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    found = llm.generate(_prompts([30, 7]), params, progress=False)
+    assert [len(output.outputs[0].token_ids) for output in found] == [20, 20]
+    assert counters["inductor"]["cudagraph_skips"] == 0
+
+
+def test_chat_answers_before_and_after_compiling(qwen3: str) -> None:
+    """What chat does: serve at once, compile beside, take over."""
+    llm = LLM(
+        qwen3, compile="default", compile_in_background=True, num_cache_blocks=1024,
+        max_model_len=512, progress=False,
+    )  # fmt: skip
+    params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+    prompt = _prompts([12])[0]
+    first = llm.generate([prompt], params, progress=False)[0].outputs[0].token_ids
+    assert len(first) == 5
+    deadline = time.monotonic() + 300
+    while llm.compile_status == "compiling" and time.monotonic() < deadline:
+        assert len(llm.generate([prompt], params, progress=False)[0].outputs[0].token_ids) == 5
+    assert llm.compile_status == "ready"
+    assert len(llm.generate([prompt], params, progress=False)[0].outputs[0].token_ids) == 5
