@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -130,6 +131,7 @@ class Runner:
         self._status = "eager" if compile == "eager" else "compiling"
         self._hidden: Callable[..., Tensor] = self._hidden_step
         self._head: Callable[..., tuple[Tensor, Tensor]] = self._head_step
+        self.launch_seconds = 0.0  # spent in these two, all calls together
 
     @property
     def compile_status(self) -> str:
@@ -281,7 +283,7 @@ class Runner:
         """
         sampled = [chunk for chunk in chunks if chunk.samples]
         step = self._prepare(chunks)
-        hidden_TE = self._hidden(*self._hidden_inputs(step))
+        hidden_TE = self._timed(self._hidden, *self._hidden_inputs(step))
         scores = [(chunks[i], self._score(hidden_TE, chunks, i, top)) for i, top in scored.items()]
         tokens_R = logprobs = event = None
         if sampled:
@@ -293,7 +295,8 @@ class Runner:
             sampling = self._sampling(rows)
             # Two modes are compiled; the draws that filter run uncompiled on the same logits.
             mode = sampling.mode if sampling.mode in COMPILED_DRAWS else "greedy"
-            drawn_R, logits_RV = self._head(hidden_TE, step.last_R, mode, *sampling.tensors())
+            inputs = (hidden_TE, step.last_R, mode, *sampling.tensors())
+            drawn_R, logits_RV = self._timed(self._head, *inputs)
             if sampling.needs_edits or mode != sampling.mode:
                 edited_RV = edit_logits(logits_RV, rows) if sampling.needs_edits else logits_RV
                 drawn_R = draw(edited_RV, *sampling.tensors(), mode=sampling.mode)
@@ -309,6 +312,13 @@ class Runner:
             else:
                 tokens_R = drawn_R
         return Launched(chunks, sampled, tokens_R, logprobs, scores, event)
+
+    def _timed(self, function: Callable[..., Any], *inputs: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return function(*inputs)
+        finally:
+            self.launch_seconds += time.perf_counter() - start
 
     def _score(self, hidden_TE: Tensor, chunks: list[Chunk], i: int, top: int) -> ChosenLogprobs:
         """Log-probabilities of the prompt tokens that follow each token of chunk i."""
