@@ -364,6 +364,11 @@ class _Bench:
         return {"rows": [row]}
 
     def fixed(self) -> dict[str, Any]:
+        most = self.llm.engine.runner.max_num_seqs
+        if max(self.args.batch_size) > most:
+            raise ValueError(
+                f"--batch-size {max(self.args.batch_size)} is more than --max-num-seqs {most}"
+            )
         return {"rows": [self._fixed(batch) for batch in self.args.batch_size]}
 
     def _fixed(self, batch: int) -> dict[str, Any]:
@@ -382,19 +387,20 @@ class _Bench:
         window: list[tuple[int, list[int]]] = []
 
         def watch(meter: "StepMeter", progress: _Progress) -> None:
-            begins = not window and len(progress.outputs) == len(requests)
+            all_began = len(progress.outputs) == len(requests)
+            begins = not window and all_began and not progress.num_finished
             if begins or (len(window) == 1 and progress.num_finished):
                 window.append((len(meter.steps), progress.lengths()))
 
         before = llm.engine.stats.num_preemptions
         decode, _ = _serve(llm, requests, 0.0, watch, f"batch {batch}, decode")
-        (first, had), (last, have) = [*window, (0, [])][:2] if window else [(0, []), (0, [])]
-        steps = decode.steps[first:last]
-        if not steps:
+        if len(window) < 2:
             raise ValueError(
                 f"--output-len {args.output_len} is too short at batch {batch}: the first request "
                 "ends before the last one's prompt is computed; give more"
             )
+        (first, had), (last, have) = window
+        steps = decode.steps[first:last]
         cache = sum(
             self._decode_bytes(r, a, b) for r, a, b in zip(requests, had, have, strict=True)
         )
@@ -587,6 +593,7 @@ def _rival(
 
     import torch
 
+    torch.compiler.reset()  # what is compiled holds on to minigen's weights and cache
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

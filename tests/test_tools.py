@@ -284,10 +284,22 @@ def test_bench_fixed_as_a_command() -> None:
     assert "share of limit" in done.stdout
 
 
-def test_bench_refuses_an_output_too_short_to_time(capsys) -> None:
-    arguments = (*BENCH, "--batch-size", 2, "--input-len", 20, "--output-len", 1)
-    assert main([str(a) for a in arguments]) == 2
-    assert "--output-len 1 is too short at batch 2" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--batch-size", 2, "--output-len", 1), "--output-len 1 is too short at batch 2"),
+        # Ten steps of prefill: the first request ends in the third.
+        (("--batch-size", 4, "--output-len", 3), "--output-len 3 is too short at batch 4"),
+        (("--batch-size", 5), "--batch-size 5 is more than --max-num-seqs 4"),
+        (("--batch-size", 2, "--output-len", 300), "has 310 tokens with its output, the context"),
+    ],
+)
+def test_bench_refuses_what_cannot_be_timed(
+    arguments: tuple[object, ...], message: str, capsys
+) -> None:
+    engine = ("--max-num-seqs", 4, "--max-num-batched-tokens", 4, "--input-len", 10)
+    assert main([str(a) for a in (*BENCH, *engine, *arguments)]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_bench_nano_beside_transformers(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -380,6 +392,21 @@ def test_a_wrong_way_is_noticed(broken: str, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(padded, broken, lambda *args: right(*args) * 1.01)
     with pytest.raises(ValueError, match="and flat disagree"):
         check_agreement(small_decoder("full"), [[1, 2, 3], [4]], torch.tensor([[5, 6]]))
+
+
+def test_what_does_not_fit_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_large(*_: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(padded, "sdpa_prefill", too_large)
+    as_it_is = compare_batching.as_it_is
+    rows = compare_batching.measure(
+        compare_batching.Padded, small_decoder("full"), [[1, 2], [3]], torch.tensor([[4, 5]]),
+        1, as_it_is, as_it_is,
+    )  # fmt: skip
+    assert [(r["phase"], r["ms"], r["error"]) for r in rows] == [
+        (phase, None, "out of memory") for phase in ("prefill", "decode", "train")
+    ]
 
 
 def test_the_padded_ways_refuse_soft_caps() -> None:

@@ -460,21 +460,14 @@ def measure(
     device = decoder.embed.weight.device
     way = kind(decoder, prompts, len(steps_NS), wrap, wrap_train)
     real = sum(way.lengths)
-    rows = []
 
-    def add(phase: str, seconds: float, tokens: int, peak: int, **more: Any) -> None:
-        rows.append(
-            {
-                "way": way.name, "phase": phase, "ms": seconds * 1e3, "tokens_s": tokens / seconds,
-                "padding": way.padding(phase), "peak_bytes": peak, **more,
-            }
-        )  # fmt: skip
-
-    with torch.no_grad():
+    def prefill() -> dict[str, Any]:
         way.make_cache()
-        cache = way.cache_bytes()
         seconds = seconds_of(way.prefill, device, repeats)
-        add("prefill", seconds, real, cache + _extra_memory(way.prefill, device))
+        peak = way.cache_bytes() + _extra_memory(way.prefill, device)
+        return {"ms": seconds * 1e3, "tokens_s": real / seconds, "peak_bytes": peak}
+
+    def decode() -> dict[str, Any]:
         spans: list[float] = []
         for _ in range(repeats + 1):
             way.prefill()
@@ -485,18 +478,37 @@ def measure(
                 way.decode(tokens_S, step)
                 synchronize(device)
                 spans.append(time.perf_counter() - start)
-        extra = _extra_memory(lambda: way.decode(steps_NS[-1], len(steps_NS) - 1), device)
-        p99 = percentile(spans, 99) * 1e3
-        add("decode", percentile(spans, 50), len(prompts), cache + extra, p99_ms=p99)
-    if max(way.lengths) == 1:
-        return rows  # single tokens predict nothing
-    way.drop_cache()
-    decoder.requires_grad_(True)
-    try:
-        seconds = seconds_of(way.loss, device, repeats)
-        add("train", seconds, real, _extra_memory(way.loss, device))
-    finally:
-        decoder.requires_grad_(False)
+        last = len(steps_NS) - 1
+        peak = way.cache_bytes() + _extra_memory(lambda: way.decode(steps_NS[last], last), device)
+        seconds = percentile(spans, 50)
+        return {
+            "ms": seconds * 1e3,
+            "p99_ms": percentile(spans, 99) * 1e3,
+            "tokens_s": len(prompts) / seconds,
+            "peak_bytes": peak,
+        }
+
+    def train() -> dict[str, Any]:
+        way.drop_cache()
+        decoder.requires_grad_(True)
+        try:
+            seconds = seconds_of(way.loss, device, repeats)
+            peak = _extra_memory(way.loss, device)
+        finally:
+            decoder.requires_grad_(False)
+        return {"ms": seconds * 1e3, "tokens_s": real / seconds, "peak_bytes": peak}
+
+    rows = []
+    for phase, function in zip(PHASES, (prefill, decode, train), strict=True):
+        if phase == "train" and max(way.lengths) == 1:
+            continue  # single tokens predict nothing
+        try:
+            with torch.set_grad_enabled(phase == "train"):
+                found = function()
+        except torch.OutOfMemoryError:
+            # Where padding does not fit, that is the result.
+            found = {"ms": None, "tokens_s": None, "peak_bytes": None, "error": "out of memory"}
+        rows.append({"way": way.name, "phase": phase, "padding": way.padding(phase), **found})
     return rows
 
 
@@ -603,23 +615,19 @@ def _print(
             f"{max(values)} long; the ways agree within {worst:.1g} of the largest logit"
         )
     flat = {(r["lengths"], r["phase"]): r["ms"] for r in rows if r["way"] == Flat.name}
+
+    def line(r: dict[str, Any]) -> list[Any]:
+        beside = flat[r["lengths"], r["phase"]]
+        ratio = r["ms"] / beside if r["ms"] and beside else r.get("error")
+        memory = None if r["peak_bytes"] is None else r["peak_bytes"] / 1e6
+        share = f"{r['padding']:.1%}"
+        where = f"{r['lengths']}, {r['phase']}"
+        return [where, r["way"], r["ms"], ratio, r["tokens_s"], share, memory]
+
     print()
     header = ["lengths, phase", "way", "ms", "× flat", "tokens/s", "padding", "memory MB"]
-    print(
-        table(
-            header,
-            [
-                [
-                    f"{r['lengths']}, {r['phase']}", r["way"], r["ms"],
-                    r["ms"] / flat[r["lengths"], r["phase"]], r["tokens_s"],
-                    f"{r['padding']:.1%}", r["peak_bytes"] / 1e6,
-                ]
-                for phase in PHASES
-                for r in rows
-                if r["phase"] == phase
-            ],
-        )
-    )  # fmt: skip
+    ordered = [r for phase in PHASES for r in rows if r["phase"] == phase]
+    print(table(header, [line(r) for r in ordered]))
 
 
 def _draw(plot: Plot, rows: list[dict[str, Any]], kinds: list[str], title: str) -> None:
@@ -627,7 +635,7 @@ def _draw(plot: Plot, rows: list[dict[str, Any]], kinds: list[str], title: str) 
         return
     for axis, phase in zip(plot.axes, PHASES, strict=True):
         found = {(r["lengths"], r["way"]): r["ms"] for r in rows if r["phase"] == phase}
-        series = {way.name: [found.get((k, way.name), 0.0) for k in kinds] for way in WAYS}
+        series = {way.name: [found.get((k, way.name)) or 0.0 for k in kinds] for way in WAYS}
         bars(axis, kinds, series, f"{phase}, ms")
     plot.save(title)
 
