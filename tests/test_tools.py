@@ -194,11 +194,14 @@ def test_read_goodput() -> None:
 
 
 def test_llm_from_config_runs_the_decoder_of_that_seed() -> None:
-    llm = LLM.from_config(TINY, weights_seed=3, compile="eager", num_cache_blocks=8, progress=False)
+    # A head of its own: with the embedding as head a random model repeats its last token.
+    untied = {**TINY, "tie_word_embeddings": False}
+    options = {"compile": "eager", "num_cache_blocks": 8, "progress": False}
+    llm = LLM.from_config(untied, weights_seed=3, **options)
     assert llm.tokenizer is None
     params = SamplingParams(temperature=0, max_tokens=6)
     [found] = llm.generate([[5, 6, 7]], params, progress=False)
-    decoder = Decoder.from_config(DecoderConfig.from_hf(TINY), seed=3)
+    decoder = Decoder.from_config(DecoderConfig.from_hf(untied), seed=3)
     tokens = [5, 6, 7]
     for _ in range(6):
         packed = jagged(torch.tensor(tokens), torch.tensor([0, len(tokens)]))
@@ -483,6 +486,11 @@ def test_scale(tmp_path: Path) -> None:
     for row in document["by_batch"] + document["by_context"]:
         check_steps(row)
         assert 0 < row["limit_us_per_token"] < row["us_per_token"]
+    # One sequence: 119,104 weights; 21 to 24 keys, 512 bytes each with their values.
+    limits = document["limits"]
+    speed = max(limits["copy_gb_s"], limits["read_gb_s"]) * 1e9
+    least = document["by_batch"][0]["limit_us_per_token"] / 1e6 * speed
+    assert least == pytest.approx(119_104 * 4 + 22.5 * 512, rel=1e-3)
     assert document["cache"]["bytes"] == document["cache"]["blocks"] * 16 * 2 * 2 * 2 * 16 * 4
     # Prompts of 1, 15, 16, 17 and 33 tokens with 40 more, the last of which has no key.
     assert document["blocks"]["most_held"] == 3 + 4 + 4 + 4 + 5
