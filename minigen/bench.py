@@ -152,7 +152,13 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from minigen.llm import device_of
-    from minigen.measure import Compilations, Cost, measure_limits, peak_memory
+    from minigen.measure import (
+        Compilations,
+        Cost,
+        measure_limits,
+        peak_memory,
+        reset_peak_memory,
+    )
 
     device = device_of(args.device)
     torch.zeros(1, device=device)  # a GPU's context belongs to the start
@@ -161,6 +167,7 @@ def run(args: argparse.Namespace) -> int:
     limits = measure_limits(device, dtype)
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    reset_peak_memory(device)  # the measurement's own tensors are no part of it
 
     start = time.perf_counter()
     llm = load(args, config)

@@ -275,7 +275,8 @@ def test_bench_fixed_as_a_command() -> None:
     assert document["start"] == "uncompiled"
     assert document["recompilations"] == 0
     assert document["memory"]["cache_bytes"] == 64 * 16 * 2 * 2 * 2 * 16 * 4
-    assert document["memory"]["peak_bytes"] > document["memory"]["weight_bytes"]
+    # Python and torch, not the half gigabyte tensors that the bandwidth is measured with.
+    assert document["memory"]["weight_bytes"] < document["memory"]["peak_bytes"] < 2**30
     assert set(document["limits"]) == {"copy_gb_s", "read_gb_s", "matmul_tflop_s"}
     for batch, row in zip((1, 3), document["rows"], strict=True):
         assert (row["batch"], row["prompt_tokens"]) == (batch, 20 * batch)
