@@ -1,4 +1,4 @@
-"""`python -m minigen`: chat with a checkpoint, or generate from many prompts at once."""
+"""`python -m minigen`: chat with a checkpoint, generate from many prompts at once, or measure."""
 
 import argparse
 import contextlib
@@ -14,6 +14,7 @@ EPILOG = """\
 examples:
   python -m minigen chat --model ./SmolLM2-135M-Instruct
   python -m minigen generate --model ./SmolLM2-135M --prompt "Once upon a time"
+  python -m minigen bench fixed --shape smollm2-135m --batch-size 1 16
 
 `python -m minigen COMMAND --help` explains a command."""
 
@@ -52,12 +53,30 @@ A run that was interrupted goes on when the same command is given again: ids tha
 are skipped, a torn last line is done anew. OUT.settings.json beside the output holds the model and
 the sampling parameters; a run with other ones is refused."""
 
+BENCH_EPILOG = """\
+workloads:
+  nano   256 random prompts of 100 to 1,024 tokens with as many to follow, all at once
+  fixed  batches of equal prompts; prefill and decode are timed apart
+  trace  the requests of a recorded trace at their times of arrival
+  start  seconds to the first token in a new process, without and with torch's compile caches
+
+examples:
+  python -m minigen bench fixed --shape smollm2-135m --batch-size 1 16 --output-len 64
+  python -m minigen bench nano --shape qwen3-0.6b --rival transformers
+  python -m minigen bench trace --config ./config.json --dataset-path azure_llm_conv.csv --rate 2
+  python -m minigen bench start --shape tiny
+
+A step's time is split: host work (scheduling, laying out inputs, reading results), calls of the
+compiled functions (on a CPU their computation), and waiting for the device. The limit is what the
+weights and the cache that a step reads take at the bandwidth, and its products at the speed, that
+are measured in the same run. The last line of standard output is one JSON document."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0, 1 (failed), 2 (the user's error), 130 (Ctrl-C)."""
     args = _parser().parse_args(argv)
     try:
-        if args.model is None:
+        if args.model is None and args.command != "bench":
             raise ValueError(cli.NO_MODEL)
         return args.run(args)
     except KeyboardInterrupt:
@@ -83,6 +102,12 @@ def _run_generate(args: argparse.Namespace) -> int:
     from minigen import generate
 
     return generate.run(args)
+
+
+def _run_bench(args: argparse.Namespace) -> int:
+    from minigen import bench
+
+    return bench.run(args)
 
 
 def _parser() -> cli.Parser:
@@ -119,7 +144,19 @@ def _parser() -> cli.Parser:
     cli.add_sampling_options(generate, max_tokens="256", many=True)
     generate.set_defaults(run=_run_generate)
 
-    for command in (chat, generate):
+    bench = commands.add_parser(
+        "bench",
+        help="measure speed",
+        description="Measure how fast a model's shape runs here, and how near the limit.",
+        epilog=BENCH_EPILOG,
+        formatter_class=raw,
+    )
+    from minigen.bench import add_options
+
+    add_options(bench)
+    bench.set_defaults(run=_run_bench)
+
+    for command in (chat, generate, bench):
         command.add_argument(
             "--traceback", action="store_true", help="show where in the program an error arose"
         )

@@ -11,6 +11,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
@@ -139,7 +140,8 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(EXIT_USAGE)
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A whole number above 0, for argparse."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number above 0, not {text!r}")
     return int(text)
@@ -177,7 +179,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--max-model-len",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="tokens of prompt and reply together; by default what the model was made for",
     )
@@ -214,14 +216,19 @@ def add_sampling_options(
     add("--prompt-logprobs", type=int, metavar="K", help="the same for the prompt's tokens")
 
 
-def load_llm(args: argparse.Namespace, **options: Any) -> "LLM":
-    """The LLM that the options describe. Raises ValueError (as CheckpointError) or OSError."""
+def load_llm(
+    args: argparse.Namespace, config: dict[str, Any] | None = None, **options: Any
+) -> "LLM":
+    """The LLM that the options describe, with random weights where a `config` is given.
+
+    Raises ValueError (as CheckpointError) or OSError.
+    """
     from minigen.llm import LLM
 
     # torch 2.13 warns its own jagged tensors about a rename; a user can do nothing about it.
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
-    return LLM(
-        args.model,
+    make = partial(LLM, args.model) if config is None else partial(LLM.from_config, config)
+    return make(
         dtype=args.dtype,
         device=args.device,
         compile=args.compile,

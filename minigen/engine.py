@@ -30,6 +30,8 @@ class EngineStats:
     num_waiting: int = 0
     num_running: int = 0
     num_free_blocks: int = 0
+    wait_seconds: float = 0.0  # the host waited for results
+    launch_seconds: float = 0.0  # inside the step's functions: on a CPU that is the computation
 
 
 @dataclass(eq=False)
@@ -108,6 +110,7 @@ class Engine:
         stats.num_preemptions = scheduler.num_preemptions
         stats.num_waiting, stats.num_running = len(scheduler.waiting), len(scheduler.running)
         stats.num_free_blocks = scheduler.pool.num_available
+        stats.launch_seconds = self.runner.launch_seconds
         return stats
 
     def has_unfinished(self) -> bool:
@@ -305,8 +308,10 @@ class Engine:
 
     def _collect(self, launched: Launched) -> None:
         """Reads a step's results into its requests."""
+        start = time.perf_counter()
         tokens, logprobs, all_scores = launched.wait()
         now = time.perf_counter()
+        self._stats.wait_seconds += now - start
         for chunk, scores in all_scores:
             sample = self._sample_of.get(chunk.sequence)
             if sample is not None:

@@ -3,7 +3,8 @@
 import itertools
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 from minigen.cache import BlockPool
 from minigen.engine import Engine
-from minigen.model import DTYPES, Decoder
+from minigen.model import DTYPES, Decoder, DecoderConfig
 from minigen.outputs import RequestOutput
 from minigen.runner import Runner, check_compile_mode
 from minigen.sampling import SamplingParams
@@ -26,6 +27,14 @@ Prompt = str | Sequence[int]
 Params = SamplingParams | Sequence[SamplingParams] | None
 # What generation_config.json may set; the other fields keep SamplingParams' defaults.
 GENERATION_DEFAULTS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
+@dataclass(frozen=True)
+class _RandomWeights:
+    """What takes a checkpoint's place in `LLM.from_config`."""
+
+    config: Mapping[str, Any]
+    seed: int
 
 
 class LLM:
@@ -54,7 +63,7 @@ class LLM:
 
     def __init__(
         self,
-        model: str | Path,
+        model: str | Path | _RandomWeights,
         *,
         dtype: str | torch.dtype = "auto",
         device: str | torch.device = "auto",
@@ -87,18 +96,8 @@ class LLM:
                 f"gpu_memory_utilization is {gpu_memory_utilization}: "
                 "a share between 0 and 1 is needed"
             )
-        self.device = _device(device)
-        self.path = resolve_model(model)
-        known_dtype = _dtype(dtype)
-        self._generation = read_generation_config(self.path)
-        self.tokenizer = Tokenizer.from_dir(self.path)
-        decoder = Decoder.from_pretrained(
-            self.path,
-            dtype=known_dtype,
-            device=self.device,
-            max_length=max_model_len,
-            progress=progress,
-        )
+        self.device = device_of(device)
+        decoder = self._load(model, _dtype(dtype), max_model_len, progress)
         self.config, self.dtype = decoder.config, decoder.embed.weight.dtype
         config, wanted = self.config, decoder.max_length
         block_bytes = (
@@ -162,6 +161,44 @@ class LLM:
             total = self._runner.num_captures
             for _ in tqdm(captures, desc="Capturing", total=total, disable=not progress):
                 pass
+
+    @classmethod
+    def from_config(
+        cls, config: Mapping[str, Any], *, weights_seed: int = 0, **options: Any
+    ) -> "LLM":
+        """Random weights of a `config.json`'s shape, made on the device; prompts are token ids.
+
+        For measuring: no checkpoint is written or read. `options` are those of `LLM`.
+
+        Raises ValueError as `LLM`.
+        """
+        return cls(_RandomWeights(config, weights_seed), **options)
+
+    def _load(
+        self,
+        model: str | Path | _RandomWeights,
+        dtype: torch.dtype | None,
+        max_length: int | None,
+        progress: bool,
+    ) -> Decoder:
+        """The decoder; sets what comes with it: path, tokenizer, generation config."""
+        self.path: Path | None = None
+        self.tokenizer: Tokenizer | None = None
+        self._generation: dict[str, Any] = {}
+        if isinstance(model, _RandomWeights):
+            return Decoder.from_config(
+                DecoderConfig.from_hf(dict(model.config)),
+                dtype=dtype,
+                device=self.device,
+                max_length=max_length,
+                seed=model.seed,
+            )
+        self.path = resolve_model(model)
+        self._generation = read_generation_config(self.path)
+        self.tokenizer = Tokenizer.from_dir(self.path)
+        return Decoder.from_pretrained(
+            self.path, dtype=dtype, device=self.device, max_length=max_length, progress=progress
+        )
 
     @property
     def compile_status(self) -> str:
@@ -312,7 +349,8 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return [items] if items and all(isinstance(item, int) for item in items) else items
 
 
-def _device(device: str | torch.device) -> torch.device:
+def device_of(device: str | torch.device) -> torch.device:
+    """The device that "auto", "cpu" or "cuda[:n]" names. Raises ValueError."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:

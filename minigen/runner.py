@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -149,6 +150,7 @@ class Runner:
                 max_num_seqs,
                 self.device,
             )
+        self.launch_seconds = 0.0  # spent in the steps' functions and graphs, all calls together
 
     @property
     def compile_status(self) -> str:
@@ -319,13 +321,14 @@ class Runner:
         else:
             size = StepSize.of(chunks)
             step = size.views(self._upload(chunks, size))
-            hidden_TE = self._hidden(*self._hidden_inputs(step))
+            hidden_TE = self._timed(self._hidden, *self._hidden_inputs(step))
             for i, top in scored.items():
                 scores.append((chunks[i], self._score(hidden_TE, chunks, i, top)))
             if rows:
                 rows = self._padded(rows, size.num_rows)
                 sampling = self._sampling(rows)
-                drawn_R, logits_RV = self._head(hidden_TE, step.last_R, mode, *sampling.tensors())
+                inputs = (hidden_TE, step.last_R, mode, *sampling.tensors())
+                drawn_R, logits_RV = self._timed(self._head, *inputs)
         tokens_R = logprobs = event = None
         if sampled:
             if sampling.needs_edits or mode != sampling.mode:
@@ -341,6 +344,13 @@ class Runner:
             event = torch.cuda.Event()
             event.record()
         return Launched(chunks, sampled, tokens_R, logprobs, scores, event)
+
+    def _timed(self, function: Callable[..., Any], *inputs: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return function(*inputs)
+        finally:
+            self.launch_seconds += time.perf_counter() - start
 
     def _score(
         self, hidden_TE: Tensor, chunks: list[Chunk], i: int, top: int
@@ -398,7 +408,8 @@ class Runner:
         self._upload(chunks, size, step_bytes)
         rows += self._padded(rows, size.num_rows)[len(rows) :]
         sampling = self._sampling(rows, sampling_bytes)
-        return size.views(step_bytes), sampling, *self._graphs.run(size, sampling, mode)
+        drawn_R, logits_RV = self._timed(self._graphs.run, size, sampling, mode)
+        return size.views(step_bytes), sampling, drawn_R, logits_RV
 
     def _padded(self, rows: list[Row], count: int) -> list[Row]:
         """The rows and null rows that need no other mode, `count` in all."""

@@ -88,3 +88,12 @@ def run_minigen(*args: object, **options) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command(*args), cwd=ROOT, env=environment(), capture_output=True, text=True, **options
     )
+
+
+def run_tool(name: str, *args: object, **options) -> subprocess.CompletedProcess[str]:
+    """`python -m tools.NAME` from the root, to the end."""
+    return subprocess.run(
+        [sys.executable, "-m", f"tools.{name}", *map(str, args)],
+        cwd=ROOT, env=environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        **{"timeout": 120, **options},
+    )  # fmt: skip

@@ -16,32 +16,7 @@ from statistics import median
 import torch
 
 from minigen import LLM, SamplingParams
-
-SHAPES = {
-    "smollm2-135m": {
-        "model_type": "llama",
-        "vocab_size": 49152,
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "max_position_embeddings": 2048,
-        "tie_word_embeddings": True,
-    },
-    "qwen3-0.6b": {
-        "model_type": "qwen3",
-        "vocab_size": 151936,
-        "hidden_size": 1024,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "max_position_embeddings": 4096,
-        "tie_word_embeddings": True,
-    },
-}
+from minigen.shapes import SHAPES
 
 
 def prompts_for(batch: int, vocab_size: int) -> list[list[int]]:
@@ -80,7 +55,7 @@ def main() -> None:
 
     transformers.logging.set_verbosity_error()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    shape = dict(SHAPES[args.shape])
+    shape = {k: v for k, v in SHAPES[args.shape].items() if k != "dtype"}
     config = transformers.AutoConfig.for_model(shape.pop("model_type"), **shape)
     torch.manual_seed(0)
     rival = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, args.dtype))

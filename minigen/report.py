@@ -1,0 +1,46 @@
+"""How benchmarks print: a table for people, then one line of JSON for programs."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+
+def number(value: Any) -> str:
+    """Three significant digits, thousands whole; text as it is, a dash for None."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, int) or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.3g}"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Columns as wide as they need, the first one to the left, the others to the right.
+
+    An empty header is left out.
+    """
+    cells = [[number(value) for value in row] for row in ([header] if header else []) + [*rows]]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for row in cells:
+        first, *others = zip(row, widths, strict=True)
+        padded = [first[0].ljust(first[1]), *(text.rjust(width) for text, width in others)]
+        lines.append("  ".join(padded).rstrip())
+    return "\n".join(lines)
+
+
+def print_document(document: dict[str, Any]) -> None:
+    """One line of JSON, floats cut to six significant digits."""
+    print(json.dumps(_short(document), allow_nan=False), flush=True)
+
+
+def _short(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: _short(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_short(item) for item in value]
+    return value

@@ -1,0 +1,574 @@
+"""The benchmark command and the tools: their arithmetic, their refusals, and one run of each."""
+
+import argparse
+import importlib
+import importlib.util
+import json
+import lzma
+import math
+import random
+import sys
+from pathlib import Path
+from random import randint
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minigen import LLM, SamplingParams, workloads
+from minigen.__main__ import main
+from minigen.bench import read_goodput
+from minigen.measure import Cost, StepMeter, percentile, percentiles
+from minigen.model import Decoder, DecoderConfig, jagged
+from minigen.report import number, table
+from minigen.shapes import SHAPES
+from tests.command_line import run_minigen, run_tool
+from tools import compare_batching, padded
+from tools.common import NO_MATPLOTLIB, Plot, run
+from tools.compare_batching import WAYS, check_agreement, groups_of, lengths_of, padding_share
+
+TINY = SHAPES["tiny"]
+SMALL = ("--shape", "tiny", "--compile", "eager")
+BENCH = ("bench", "fixed", *SMALL, "--num-cache-blocks", 64, "--max-model-len", 256)
+
+
+def last_line(text: str) -> dict[str, Any]:
+    return json.loads(text.strip().splitlines()[-1])
+
+
+def trace_file(path: Path, *rows: str) -> Path:
+    path.write_text("\n".join(["TIMESTAMP,ContextTokens,GeneratedTokens", *rows]) + "\n")
+    return path
+
+
+# --- arithmetic ----------------------------------------------------------------------------------
+
+NUMBERS = st.floats(-1e6, 1e6)
+
+
+@given(st.lists(NUMBERS, min_size=1, max_size=30), st.floats(0, 100))
+def test_percentile_is_numpys(values: list[float], q: float) -> None:
+    assert percentile(values, q) == pytest.approx(np.percentile(values, q), rel=1e-9, abs=1e-6)
+
+
+def test_percentiles_have_names_and_units() -> None:
+    assert percentiles([0.001] * 5, 1e3) == pytest.approx({"p50": 1.0, "p90": 1.0, "p99": 1.0})
+    assert percentiles([]) == {}
+    with pytest.raises(ValueError, match="at least one"):
+        percentile([], 50)
+
+
+CONFIGS = {
+    "full": DecoderConfig.from_hf(TINY),
+    "windows": DecoderConfig.from_hf({**TINY, "model_type": "mistral", "sliding_window": 5}),
+}
+
+
+@given(st.sampled_from(sorted(CONFIGS)), st.integers(1, 20), st.integers(0, 20))
+def test_cost_counts_each_key_that_is_read(kind: str, first: int, steps: int) -> None:
+    config = CONFIGS[kind]
+    cost = Cost(config, weight_bytes=0, linear_flop=0, itemsize=4)
+    window = config.layer_windows[0] or math.inf
+    seen = [min(kv_len, window) for kv_len in range(first, first + steps)]
+    a_key = 2 * config.num_kv_heads * config.head_dim * 4  # key and value
+    assert cost.decode_bytes(first, first + steps) == config.num_layers * a_key * sum(seen)
+    a_pair = 2 * 2 * config.num_heads * config.head_dim  # two products, multiply and add
+    seen = [min(at + 1, window) for at in range(steps)]
+    assert cost.prompt_flop(steps) == config.num_layers * a_pair * sum(seen)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_cost_of_weights(tied: bool) -> None:
+    config = DecoderConfig.from_hf({**TINY, "tie_word_embeddings": tied})
+    decoder = Decoder.from_config(config, dtype=torch.bfloat16, seed=0)
+    # 2 layers of q, k, v, o and the MLP's three; 5 norms of 64; one matrix of words either way.
+    matrices = 2 * (64 * (64 + 32 + 32) + 64 * 64 + 3 * 64 * 160)
+    cost = Cost.of(decoder)
+    assert cost.weight_bytes == 2 * (matrices + 5 * 64 + 512 * 64)
+    assert cost.linear_flop == 2 * (matrices + 5 * 64)
+    assert cost.block_bytes(16) == 2 * 2 * 16 * 2 * 16 * 2
+
+
+def test_numbers_and_tables() -> None:
+    assert [number(x) for x in (None, 1234567, 0.012345, 1234.5, "as is")] == [
+        "-", "1,234,567", "0.0123", "1,234", "as is",
+    ]  # fmt: skip
+    assert table(["a", "b"], [["x", 1], ["long", 10]]) == "a      b\nx      1\nlong  10"
+    assert table([], [["x", 1]]) == "x  1"
+
+
+# --- workloads -----------------------------------------------------------------------------------
+
+
+def test_nano_is_the_published_one() -> None:
+    random.seed(0)
+    prompts = [[randint(0, 10000) for _ in range(randint(100, 1024))] for _ in range(256)]
+    outs = [randint(100, 1024) for _ in range(256)]
+    requests = workloads.nano(256, vocab_size=151936)
+    assert [r.prompt for r in requests] == prompts
+    assert [r.max_tokens for r in requests] == outs
+    assert (sum(map(len, prompts)), sum(outs)) == (142_827, 133_966)
+    assert workloads.nano(3, vocab_size=151936) == requests[:3]
+    assert max(token for r in workloads.nano(2, vocab_size=512) for token in r.prompt) < 512
+
+
+ROWS = ("2023-11-16 18:15:46.6805900,374,44", "2023-11-16 18:15:50.9951690,396,109")
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_read_trace(tmp_path: Path, packed: bool) -> None:
+    path = trace_file(tmp_path / "trace.csv", *ROWS)
+    if packed:
+        path = tmp_path / "trace.csv.xz"
+        path.write_bytes(lzma.compress((tmp_path / "trace.csv").read_bytes()))
+    first, second = workloads.read_trace(path)
+    assert first == workloads.TraceRow(0.0, 374, 44)
+    assert (second.prompt_tokens, second.output_tokens) == (396, 109)
+    assert second.arrival_s == pytest.approx(4.314579, abs=1e-5)
+
+
+@given(st.lists(st.tuples(st.floats(0, 1e6), st.integers(1, 99), st.integers(1, 99)), min_size=1))
+def test_read_trace_sorts_by_arrival(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[float, int, int]]
+) -> None:
+    path = tmp_path_factory.mktemp("trace") / "trace.csv"
+    read = workloads.read_trace(trace_file(path, *(f"{t!r},{p},{o}" for t, p, o in rows)))
+    start = min(t for t, _, _ in rows)
+    wanted = sorted(((t - start, p, o) for t, p, o in rows), key=lambda row: row[0])
+    assert [(r.arrival_s, r.prompt_tokens, r.output_tokens) for r in read] == wanted
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("yesterday,3,4", r":3: TIMESTAMP is 'yesterday'"),
+        ("nan,3,4", r":3: TIMESTAMP is 'nan'"),
+        ("1,0,4", r":3: ContextTokens is '0': a whole number above 0"),
+        ("1,3,-4", r":3: GeneratedTokens is '-4'"),
+        ("1,3", r":3: GeneratedTokens is ''"),
+    ],
+)
+def test_read_trace_names_the_bad_line(tmp_path: Path, row: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        workloads.read_trace(trace_file(tmp_path / "trace.csv", ROWS[0], row))
+
+
+def test_read_trace_refuses_other_files(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no request"):
+        workloads.read_trace(trace_file(tmp_path / "empty.csv"))
+    other = tmp_path / "other.csv"
+    other.write_text("time,tokens\n1,2\n")
+    with pytest.raises(ValueError, match="no column TIMESTAMP"):
+        workloads.read_trace(other)
+    other = tmp_path / "other.csv.xz"
+    other.write_text("this is not packed")
+    with pytest.raises(ValueError, match="no readable CSV"):
+        workloads.read_trace(other)
+
+
+def test_replayed_scales_time_and_leaves_out_what_does_not_fit() -> None:
+    rows = [workloads.TraceRow(float(i), 10 * (i + 1), 5) for i in range(4)]
+
+    def replay(rate: float, num: int | None = None):
+        return workloads.replayed(rows, num_requests=num, rate=rate, vocab_size=9, max_model_len=35)
+
+    requests, left_out = replay(2.0)
+    assert left_out == 1
+    assert [(len(r.prompt), r.arrival_s) for r in requests] == [(10, 0), (20, 0.5), (30, 1.0)]
+    assert all(0 <= token < 9 for r in requests for token in r.prompt)
+    assert [r.arrival_s for r in replay(math.inf)[0]] == [0, 0, 0]
+    assert len(replay(1.0, 2)[0]) == 2
+
+
+def test_read_goodput() -> None:
+    assert read_goodput(["ttft:200", "e2el:1.5"]) == {"ttft": 200.0, "e2el": 1.5}
+    for bad in ("ttft", "speed:3", "tpot:-1", "tpot:fast"):
+        with pytest.raises(ValueError, match="NAME:MILLISECONDS"):
+            read_goodput([bad])
+
+
+# --- the model without a checkpoint --------------------------------------------------------------
+
+
+def test_llm_from_config_runs_the_decoder_of_that_seed() -> None:
+    # A head of its own: with the embedding as head a random model repeats its last token.
+    untied = {**TINY, "tie_word_embeddings": False}
+    options = {"compile": "eager", "num_cache_blocks": 8, "progress": False}
+    llm = LLM.from_config(untied, weights_seed=3, **options)
+    assert llm.tokenizer is None
+    params = SamplingParams(temperature=0, max_tokens=6)
+    [found] = llm.generate([[5, 6, 7]], params, progress=False)
+    decoder = Decoder.from_config(DecoderConfig.from_hf(untied), seed=3)
+    tokens = [5, 6, 7]
+    for _ in range(6):
+        packed = jagged(torch.tensor(tokens), torch.tensor([0, len(tokens)]))
+        tokens.append(int(decoder(packed).values()[-1].argmax()))
+    assert found.outputs[0].token_ids == tokens[3:]
+
+
+def test_llm_from_config_refuses_a_bad_config() -> None:
+    with pytest.raises(ValueError, match="model_type is 'bert'"):
+        LLM.from_config({"model_type": "bert"})
+
+
+def test_a_steps_time_has_three_parts() -> None:
+    llm = LLM.from_config(TINY, compile="eager", num_cache_blocks=8, progress=False)
+    params = SamplingParams(temperature=0, max_tokens=5)
+    llm.engine.add_request("a", [1, 2, 3], params)
+    meter = StepMeter(llm.engine)
+    while llm.engine.has_unfinished():
+        meter.step()
+    assert [step.output_tokens for step in meter.steps] == [1] * 5
+    assert [step.prompt_tokens for step in meter.steps] == [3, 0, 0, 0, 0]
+    for step in meter.steps:
+        assert min(step.host_seconds, step.launch_seconds, step.wait_seconds) > 0
+        parts = step.host_seconds + step.launch_seconds + step.wait_seconds
+        assert parts <= step.seconds + 1e-9
+
+
+# --- bench ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fixed"], "there is no model to measure: give one of --shape"),
+        (["fixed", "--shape", "tiny", "--model", "x"], "--model and --shape name two models"),
+        (["fixed", "--shape", "huge"], "--shape 'huge' is unknown"),
+        (["fixed", "--config", "absent.json"], "absent.json cannot be read"),
+        (["fixed", "--shape", "tiny", "--batch-size", "0"], "must be a whole number above 0"),
+        (["trace", "--shape", "tiny"], "trace needs --dataset-path"),
+        (["trace", "--shape", "tiny", "--dataset-path", "absent.csv"], "absent.csv: No such file"),
+        (["trace", "--shape", "tiny", "--rate", "0"], "must be a number above 0"),
+        (["start", "--shape", "tiny", "--rival", "transformers"], "not start"),
+        (["nano", "--shape", "tiny", "--num-prompts", "257"], "1 to 256 requests, not 257"),
+    ],
+)
+def test_bench_refuses_in_one_line(arguments: list[str], message: str, capsys) -> None:
+    try:
+        code = main(["bench", *arguments])
+    except SystemExit as left:  # argparse's own way
+        code = left.code
+    printed = capsys.readouterr()
+    assert code == 2
+    assert message in printed.err
+    assert printed.err.count("\n") == 1
+    assert printed.out == ""
+
+
+def check_steps(row: dict[str, Any]) -> None:
+    for name in ("step_ms", "host_ms", "launch_ms", "wait_ms"):
+        assert 0 <= row[name]["p50"] <= row[name]["p90"] <= row[name]["p99"]
+    assert row["host_ms"]["p50"] < row["step_ms"]["p50"]
+    assert 0 < row["share_of_limit"] < 1
+    assert row["gb_s"] > 0
+
+
+def test_bench_fixed_as_a_command() -> None:
+    done = run_minigen(*BENCH, "--batch-size", 1, 3, "--input-len", 20, "--output-len", 9)
+    assert done.returncode == 0, done.stderr
+    document = last_line(done.stdout)
+    assert (document["workload"], document["model"]) == ("fixed", "tiny")
+    assert document["start"] == "uncompiled"
+    assert document["recompilations"] == 0
+    assert document["memory"]["cache_bytes"] == 64 * 16 * 2 * 2 * 2 * 16 * 4
+    # Python and torch, not the half gigabyte tensors that the bandwidth is measured with.
+    assert document["memory"]["weight_bytes"] < document["memory"]["peak_bytes"] < 2**30
+    assert set(document["limits"]) == {"copy_gb_s", "read_gb_s", "matmul_tflop_s"}
+    for batch, row in zip((1, 3), document["rows"], strict=True):
+        assert (row["batch"], row["prompt_tokens"]) == (batch, 20 * batch)
+        assert row["output_tokens"] == 8 * batch  # all but each first
+        assert row["num_steps"] == 8
+        rate = row["num_steps"] * batch / row["decode_tokens_s"]
+        assert 8 * row["step_ms"]["p50"] / 1e3 / 3 < rate  # the mean is of the median's size
+        check_steps(row)
+    assert "share of limit" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--batch-size", 2, "--output-len", 1), "--output-len 1 is too short at batch 2"),
+        # Ten steps of prefill: the first request ends in the third.
+        (("--batch-size", 4, "--output-len", 3), "--output-len 3 is too short at batch 4"),
+        (("--batch-size", 5), "--batch-size 5 is more than --max-num-seqs 4"),
+        (("--batch-size", 2, "--output-len", 300), "has 310 tokens with its output, the context"),
+    ],
+)
+def test_bench_refuses_what_cannot_be_timed(
+    arguments: tuple[object, ...], message: str, capsys
+) -> None:
+    engine = ("--max-num-seqs", 4, "--max-num-batched-tokens", 4, "--input-len", 10)
+    assert main([str(a) for a in (*BENCH, *engine, *arguments)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_bench_nano_beside_transformers(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    short = [workloads.Request([1] * n, n) for n in (3, 9)]
+    monkeypatch.setattr(workloads, "nano", lambda count, vocab_size: short[:count])
+    arguments = ["bench", "nano", *SMALL, "--num-prompts", "2", "--rival", "transformers"]
+    assert main([*arguments, "--num-cache-blocks", "64"]) == 0
+    document = last_line(capsys.readouterr().out)
+    [row] = document["rows"]
+    assert (row["requests"], row["prompt_tokens"], row["output_tokens"]) == (2, 12, 12)
+    assert row["output_tokens_s"] == pytest.approx(12 / row["seconds"], rel=1e-4)
+    check_steps(row)
+    [rival] = document["rival"]["rows"]
+    assert rival["output_tokens_s"] == pytest.approx(12 / rival["seconds"], rel=1e-4)
+
+
+def test_bench_trace(tmp_path: Path, capsys) -> None:
+    path = trace_file(tmp_path / "t.csv", "10,8,4", "10.5,17,1", "11,4,3", "12,9000,4")
+    arguments = ["bench", "trace", *SMALL, "--dataset-path", str(path), "--rate", "2"]
+    slo = ["--goodput", "ttft:60000", "tpot:60000"]
+    assert main([*arguments, *slo, "--num-cache-blocks", "64", "--max-model-len", "64"]) == 0
+    [row] = last_line(capsys.readouterr().out)["rows"]
+    assert (row["requests"], row["left_out"], row["output_tokens"]) == (3, 1, 8)
+    assert row["seconds"] >= 0.5  # the last arrival: one second at twice the speed
+    assert row["good_requests"] == 3
+    assert row["goodput_requests_s"] == pytest.approx(3 / row["seconds"], rel=1e-4)
+    for name in ("ttft_ms", "itl_ms", "tpot_ms", "e2el_ms"):
+        assert 0 < row[name]["p50"] <= row[name]["p99"] < 60000
+    assert row["ttft_ms"]["p50"] <= row["e2el_ms"]["p50"]
+    assert row["request_tokens_s"]["p99"] <= row["request_tokens_s"]["p50"]
+
+
+# --- four ways to batch --------------------------------------------------------------------------
+
+
+def test_padding_of_known_lengths() -> None:
+    lengths = [8, 1, 2, 5]
+    assert padding_share(lengths, [[0, 1, 2, 3]]) == 1 - 16 / 32
+    # One token; two; five and eight, each as long as eight.
+    assert groups_of(lengths) == [[1], [2], [0, 3]]
+    assert padding_share(lengths, groups_of(lengths)) == pytest.approx(1 - 16 / 19)
+
+
+@pytest.mark.parametrize("kind", ["uniform", "lognormal", "one-long"])
+def test_lengths_of(kind: str) -> None:
+    lengths = lengths_of(kind, 50, 100, seed=0)
+    assert len(lengths) == 50
+    assert all(1 <= length <= 100 for length in lengths)
+    assert len(set(lengths)) > 1
+    assert lengths == lengths_of(kind, 50, 100, seed=0)
+    assert lengths_of("trace", 2, 10, 0, [4, 40, 7]) == [4, 10]
+
+
+def small_decoder(kind: str, dtype: torch.dtype = torch.float32) -> Decoder:
+    return Decoder.from_config(CONFIGS[kind], dtype=dtype, seed=0)
+
+
+@given(
+    kind=st.sampled_from(sorted(CONFIGS)),
+    lengths=st.lists(st.integers(1, 20), min_size=2, max_size=5),
+    num_steps=st.integers(1, 3),
+)
+def test_the_four_ways_agree(kind: str, lengths: list[int], num_steps: int) -> None:
+    decoder = small_decoder(kind)
+    rng = random.Random(0)
+    prompts = [[rng.randrange(512) for _ in range(length)] for length in lengths]
+    steps_NS = torch.randint(512, (num_steps, len(prompts)))
+    found = check_agreement(decoder, prompts, steps_NS)
+    assert set(found) == {"padded", "grouped", "unpadded"}
+    if max(lengths) == 1:
+        return
+    losses = []
+    for way in WAYS:
+        laid = way(decoder, prompts, 1, compare_batching.as_it_is, compare_batching.as_it_is)
+        losses.append(float(laid.loss()))
+    assert losses == pytest.approx([losses[-1]] * 4, rel=1e-4)
+    # The oracle: each prompt alone.
+    alone = []
+    for prompt in prompts:
+        logits = decoder(jagged(torch.tensor(prompt), torch.tensor([0, len(prompt)]))).values()
+        alone += torch.nn.functional.cross_entropy(
+            logits[:-1], torch.tensor(prompt[1:], dtype=torch.int64), reduction="none"
+        ).tolist()
+    assert losses[-1] == pytest.approx(sum(alone) / len(alone), rel=1e-4)
+
+
+@pytest.mark.parametrize("broken", ["sdpa_prefill", "sdpa_decode", "unpadded_prefill"])
+def test_a_wrong_way_is_noticed(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = getattr(padded, broken)
+    monkeypatch.setattr(padded, broken, lambda *args: right(*args) * 1.01)
+    with pytest.raises(ValueError, match="and flat disagree"):
+        check_agreement(small_decoder("full"), [[1, 2, 3], [4]], torch.tensor([[5, 6]]))
+
+
+def test_what_does_not_fit_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_large(*_: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(padded, "sdpa_prefill", too_large)
+    as_it_is = compare_batching.as_it_is
+    rows = compare_batching.measure(
+        compare_batching.Padded, small_decoder("full"), [[1, 2], [3]], torch.tensor([[4, 5]]),
+        1, as_it_is, as_it_is,
+    )  # fmt: skip
+    assert [(r["phase"], r["ms"], r["error"]) for r in rows] == [
+        (phase, None, "out of memory") for phase in ("prefill", "decode", "train")
+    ]
+
+
+def test_the_padded_ways_refuse_soft_caps() -> None:
+    config = DecoderConfig.from_hf({**TINY, "model_type": "gemma2", "head_dim": 16})
+    decoder = Decoder.from_config(config, seed=0)
+    with pytest.raises(ValueError, match="gemma2 has soft-capped scores"):
+        padded.check_supported(decoder)
+
+
+# --- each tool once ------------------------------------------------------------------------------
+
+
+def tool_document(tool: str, *arguments: object) -> dict[str, Any]:
+    done = run_tool(tool, *arguments)
+    assert done.returncode == 0, done.stderr
+    return last_line(done.stdout)
+
+
+HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
+
+
+def plot_arguments(plot: Path) -> tuple[object, ...]:
+    """A plot where matplotlib is there to make it: asked for in vain it would be refused."""
+    return ("--plot", plot if HAS_MATPLOTLIB else "none")
+
+
+def check_plot(document: dict[str, Any], plot: Path) -> None:
+    if HAS_MATPLOTLIB:
+        assert plot.read_bytes().startswith(b"\x89PNG")
+    else:
+        assert document["plot"] is None
+
+
+def test_compare_batching(tmp_path: Path) -> None:
+    trace = trace_file(tmp_path / "t.csv", "0,4,9", "1,32,9", "2,16,9")
+    plot = tmp_path / "plot.png"
+    document = tool_document(
+        "compare_batching", *SMALL, "--num-seqs", 3, "--max-len", 32, "--decode-steps", 2,
+        "--repeats", 1, "--lengths", "one-long", "trace", "--trace", trace, *plot_arguments(plot),
+    )  # fmt: skip
+    assert document["lengths"] == {"one-long": [32, 16, 16], "trace": [4, 32, 16]}
+    rows = {(r["lengths"], r["phase"], r["way"]): r for r in document["rows"]}
+    assert len(rows) == 2 * 3 * 4
+    for row in rows.values():
+        assert row["ms"] > 0
+        assert row["tokens_s"] > 0
+        assert row["peak_bytes"] >= 0
+
+    def padding(kind: str, phase: str, way: str) -> float:
+        return rows[kind, phase, way]["padding"]
+
+    for phase in ("prefill", "train"):
+        for way in ("padded", "unpadded"):
+            assert padding("one-long", phase, way) == pytest.approx(1 - 64 / 96, abs=1e-5)
+            assert padding("trace", phase, way) == pytest.approx(1 - 52 / 96, abs=1e-5)
+        assert padding("one-long", phase, "grouped") == 0
+        assert padding("one-long", phase, "flat") == 0
+    # Two more tokens each: rectangles of 34; blocks of 16 hold 48, 32 and 32 rows.
+    assert padding("one-long", "decode", "padded") == pytest.approx(1 - 70 / 102, abs=1e-5)
+    assert padding("one-long", "decode", "flat") == pytest.approx(1 - 70 / 112, abs=1e-5)
+    assert all(value < 1e-4 for ways in document["agreement"].values() for value in ways.values())
+    check_plot(document, plot)
+
+
+def test_scale(tmp_path: Path) -> None:
+    plot = tmp_path / "plot.png"
+    document = tool_document(
+        "scale", *SMALL, "--batch-size", 1, 3, "--input-len", 20, "--context", 64, 10000,
+        "--num-steps", 4, "--waiting", 500, *plot_arguments(plot),
+    )  # fmt: skip
+    assert [(r["batch"], r["context"]) for r in document["by_batch"]] == [(1, 27), (3, 27)]
+    assert [r["context"] for r in document["by_context"]] == [64]
+    assert document["contexts_left_out"] == [10000]
+    for row in document["by_batch"] + document["by_context"]:
+        check_steps(row)
+        assert 0 < row["limit_us_per_token"] < row["us_per_token"]
+    # One sequence: 119,104 weights; 21 to 24 keys, 512 bytes each with their values.
+    limits = document["limits"]
+    speed = max(limits["copy_gb_s"], limits["read_gb_s"]) * 1e9
+    least = document["by_batch"][0]["limit_us_per_token"] / 1e6 * speed
+    assert least == pytest.approx(119_104 * 4 + 22.5 * 512, rel=1e-3)
+    assert document["cache"]["bytes"] == document["cache"]["blocks"] * 16 * 2 * 2 * 2 * 16 * 4
+    # Prompts of 1, 15, 16, 17 and 33 tokens with 40 more, the last of which has no key.
+    assert document["blocks"]["most_held"] == 3 + 4 + 4 + 4 + 5
+    assert [q["waiting"] for q in document["queue"]] == [0, 500]
+    check_plot(document, plot)
+
+
+@pytest.mark.slow
+def test_compare_compile_modes(tmp_path: Path) -> None:
+    plot = tmp_path / "plot.png"
+    document = tool_document(
+        "compare_compile_modes", "--shape", "tiny", "--modes", "eager", "--batch-size", 2,
+        "--output-len", 8, "--num-cache-blocks", 64, *plot_arguments(plot),
+    )  # fmt: skip
+    [mode] = document["modes"]
+    assert (mode["mode"], mode["warm_start"]) == ("eager", "uncompiled")
+    assert mode["cold_s"] > 0
+    assert mode["warm_s"] > 0
+    assert mode["recompilations"] == 0
+    [row] = mode["rows"]
+    assert row["batch"] == 2
+    check_steps(row)
+    check_plot(document, plot)
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments", "message"),
+    [
+        ("compare_batching", ["--shape", "huge"], "--shape 'huge' is unknown"),
+        ("compare_batching", ["--num-seqs", "1"], "--num-seqs is 1"),
+        ("compare_batching", ["--lengths", "trace"], "--lengths trace needs --trace"),
+        ("scale", ["--context", "0"], "must be a whole number above 0"),
+        ("compare_compile_modes", ["--config", "absent.json"], "absent.json cannot be read"),
+    ],
+)
+def test_tools_refuse_in_one_line(
+    tool: str, arguments: list[str], message: str, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module(f"tools.{tool}")
+    monkeypatch.setattr("sys.argv", ["tool", *arguments, "--plot", "none"])
+    with pytest.raises(SystemExit) as left:
+        run(module.options(), module.main)
+    assert left.value.code == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.err.count("\n") == 1
+
+
+def test_a_plot_needs_matplotlib(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # importing it fails
+    with pytest.raises(ValueError, match=r"pip install 'minigen\[plot\]'"):
+        Plot(argparse.Namespace(plot="x.png", default_plot="y.png"), 1)
+    plot = Plot(argparse.Namespace(plot=None, default_plot="y.png"), 1)
+    assert plot.path is None
+    assert capsys.readouterr().err == f"no plot: {NO_MATPLOTLIB}\n"
+
+
+# --- on a GPU ------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, not its interpreter")
+def test_tools_on_a_gpu(capsys) -> None:
+    arguments = (*BENCH, "--device", "cuda", "--batch-size", 1, 3, "--output-len", 16)
+    assert main([str(a) for a in arguments]) == 0
+    document = last_line(capsys.readouterr().out)
+    assert "CPU" not in document["device"]
+    for batch, row in zip((1, 3), document["rows"], strict=True):
+        assert row["output_tokens"] == 15 * batch
+        check_steps(row)
+    document = tool_document(
+        "compare_batching", "--shape", "tiny", "--num-seqs", 4, "--max-len", 64,
+        "--decode-steps", 2, "--repeats", 1, "--lengths", "one-long", "--plot", "none",
+    )  # fmt: skip
+    assert all(value < 1e-3 for ways in document["agreement"].values() for value in ways.values())
+    document = tool_document(
+        "scale", *SMALL, "--batch-size", 1, 3, "--context", 256, "--num-steps", 4,
+        "--waiting", 500, "--plot", "none",
+    )  # fmt: skip
+    assert document["cache"]["bytes"] == document["cache"]["expected_bytes"]

@@ -1,0 +1,201 @@
+"""The decoder's parameters run in the ways that pad, to be compared with the flat batch.
+
+Shape suffixes as in `minigen/model.py`, and B rows of a padded batch, L its longest prompt, C the
+rows of its cache for a sequence (L and what is decoded). Padding stands on the right, so that a
+causal prefill needs no mask: no real token looks behind itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from minigen.kernels import varlen_attention
+from minigen.model import Attention, Block, Decoder, apply_rope
+
+# (layer, q_BLHD, k_BLKD, v_BLKD) -> out_BLHD
+Attend = Callable[[Attention, Tensor, Tensor, Tensor], Tensor]
+Cache = list[tuple[Tensor, Tensor]]
+
+
+def check_supported(decoder: Decoder) -> None:
+    """Raises ValueError for a family whose attention torch's scaled_dot_product_attention lacks."""
+    config = decoder.config
+    if config.attention_softcap or config.rope_switch:
+        what = "soft-capped scores" if config.attention_softcap else "long rope"
+        raise ValueError(f"{config.model_type} has {what}: the padded ways cannot run it")
+
+
+def hidden_states(
+    decoder: Decoder, tokens_BL: Tensor, positions_BL: Tensor, attend: Attend
+) -> Tensor:
+    """Normed hidden states [B, L, E] of a padded batch: `Decoder.hidden_states` with padding."""
+    config = decoder.config
+    H, K, D = config.num_heads, config.num_kv_heads, config.head_dim
+    x_BLE = F.embedding(tokens_BL, decoder.embed.weight)
+    if config.embedding_scale != 1.0:
+        x_BLE = x_BLE * decoder.embedding_scale
+    cos_TR = decoder.cos_PR[positions_BL.flatten()]
+    sin_TR = decoder.sin_PR[positions_BL.flatten()]
+
+    def rotated(x_BLXD: Tensor) -> Tensor:
+        return apply_rope(x_BLXD.flatten(0, 1), cos_TR, sin_TR).view_as(x_BLXD)
+
+    for block in decoder.blocks:
+        assert isinstance(block, Block)
+        attention = block.attention
+        qkv = attention.qkv_proj(block.input_norm(x_BLE)).unflatten(-1, (H + 2 * K, D))
+        q_BLHD, k_BLKD, v_BLKD = qkv.split((H, K, K), 2)
+        if config.qk_norm:
+            q_BLHD, k_BLKD = attention.q_norm(q_BLHD), attention.k_norm(k_BLKD)
+        if config.layer_rope[attention.layer]:
+            q_BLHD, k_BLKD = rotated(q_BLHD), rotated(k_BLKD)
+        out = attention.o_proj(attend(attention, q_BLHD, k_BLKD, v_BLKD).flatten(2))
+        x_BLE = x_BLE + (block.post_attention_norm(out) if block.post_attention_norm else out)
+        out = block.mlp(block.mlp_norm(x_BLE))
+        x_BLE = x_BLE + (block.post_mlp_norm(out) if block.post_mlp_norm else out)
+    return decoder.norm(x_BLE)
+
+
+@dataclass
+class PaddedBatch:
+    """Prompts as a rectangle, and where its real tokens lie in it."""
+
+    tokens_BL: Tensor
+    positions_BL: Tensor
+    lengths_B: Tensor
+    real_T: Tensor  # rows of the flattened rectangle, prompt by prompt
+    cu_seqlens_S1: Tensor
+
+    @classmethod
+    def of(cls, prompts: Sequence[Sequence[int]], device: torch.device) -> PaddedBatch:
+        longest = max(map(len, prompts))
+        rows = [[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts]
+        real = [b * longest + i for b, prompt in enumerate(prompts) for i in range(len(prompt))]
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        ends = torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0))).int()
+        positions_BL = torch.arange(longest).repeat(len(prompts), 1)
+        return cls(
+            torch.tensor(rows).to(device), positions_BL.to(device), lengths.to(device),
+            torch.tensor(real).to(device), ends.to(device),
+        )  # fmt: skip
+
+
+def new_cache(decoder: Decoder, rows: int, capacity: int) -> Cache:
+    """A (k, v) pair [B, K, C, D] a layer, every byte of it touched."""
+    config, weight = decoder.config, decoder.embed.weight
+    shape = (rows, config.num_kv_heads, capacity, config.head_dim)
+
+    def zeros() -> Tensor:
+        # Not torch.zeros: the system would hand the memory out only where it is written.
+        return torch.empty(shape, dtype=weight.dtype, device=weight.device).fill_(0)
+
+    return [(zeros(), zeros()) for _ in range(config.num_layers)]
+
+
+def _keep(cache: Cache | None, layer: int, k_BLKD: Tensor, v_BLKD: Tensor) -> None:
+    if cache is not None:
+        k_BKCD, v_BKCD = cache[layer]
+        k_BKCD[:, :, : k_BLKD.shape[1]] = k_BLKD.transpose(1, 2)
+        v_BKCD[:, :, : v_BLKD.shape[1]] = v_BLKD.transpose(1, 2)
+
+
+def _append(
+    cache: Cache, layer: int, kv_lens_B: Tensor, k_B1KD: Tensor, v_B1KD: Tensor
+) -> tuple[Tensor, Tensor]:
+    k_BKCD, v_BKCD = cache[layer]
+    row_B = torch.arange(len(kv_lens_B), device=kv_lens_B.device)
+    k_BKCD[row_B, :, kv_lens_B] = k_B1KD[:, 0]
+    v_BKCD[row_B, :, kv_lens_B] = v_B1KD[:, 0]
+    return k_BKCD, v_BKCD
+
+
+def sdpa_prefill(decoder: Decoder, batch: PaddedBatch, cache: Cache | None) -> Tensor:
+    """Hidden states [B, L, E], attention over the whole rectangle."""
+    scale = decoder.config.attention_scale
+
+    def attend(layer: Attention, q_BLHD: Tensor, k_BLKD: Tensor, v_BLKD: Tensor) -> Tensor:
+        _keep(cache, layer.layer, k_BLKD, v_BLKD)
+        left = layer.window_size[0]
+        mask_LL = None
+        if left >= 0:
+            at_L = batch.positions_BL[0]
+            distance_LL = at_L[:, None] - at_L[None, :]
+            mask_LL = (distance_LL >= 0) & (distance_LL <= left)
+        out_BHLD = F.scaled_dot_product_attention(
+            q_BLHD.transpose(1, 2), k_BLKD.transpose(1, 2), v_BLKD.transpose(1, 2),
+            attn_mask=mask_LL, is_causal=mask_LL is None, scale=scale, enable_gqa=True,
+        )  # fmt: skip
+        return out_BHLD.transpose(1, 2)
+
+    return hidden_states(decoder, batch.tokens_BL, batch.positions_BL, attend)
+
+
+def sdpa_decode(decoder: Decoder, tokens_B: Tensor, kv_lens_B: Tensor, cache: Cache) -> Tensor:
+    """Hidden states [B, E] of one more token a row; kv_lens_B counts the keys before it."""
+    scale = decoder.config.attention_scale
+
+    def attend(layer: Attention, q_B1HD: Tensor, k_B1KD: Tensor, v_B1KD: Tensor) -> Tensor:
+        k_BKCD, v_BKCD = _append(cache, layer.layer, kv_lens_B, k_B1KD, v_B1KD)
+        key_C = torch.arange(k_BKCD.shape[2], device=kv_lens_B.device)
+        seen_BC = key_C[None, :] <= kv_lens_B[:, None]
+        left = layer.window_size[0]
+        if left >= 0:
+            seen_BC &= key_C[None, :] >= kv_lens_B[:, None] - left
+        out_BH1D = F.scaled_dot_product_attention(
+            q_B1HD.transpose(1, 2), k_BKCD, v_BKCD, attn_mask=seen_BC[:, None, None],
+            scale=scale, enable_gqa=True,
+        )  # fmt: skip
+        return out_BH1D.transpose(1, 2)
+
+    return hidden_states(decoder, tokens_B[:, None], kv_lens_B[:, None], attend)[:, 0]
+
+
+def unpadded_prefill(decoder: Decoder, batch: PaddedBatch, cache: Cache | None) -> Tensor:
+    """Hidden states [B, L, E]: every layer takes its real rows out and puts them back."""
+    scale = decoder.config.attention_scale
+
+    def attend(layer: Attention, q_BLHD: Tensor, k_BLKD: Tensor, v_BLKD: Tensor) -> Tensor:
+        _keep(cache, layer.layer, k_BLKD, v_BLKD)
+        real_T = batch.real_T
+        q_THD, k_TKD, v_TKD = (x.flatten(0, 1)[real_T] for x in (q_BLHD, k_BLKD, v_BLKD))
+        out_THD, _ = varlen_attention(
+            q_THD, k_TKD, v_TKD, batch.cu_seqlens_S1, batch.cu_seqlens_S1,
+            scale=scale, window_size=layer.window_size,
+        )  # fmt: skip
+        flat = out_THD.new_zeros(q_BLHD.shape[0] * q_BLHD.shape[1], *out_THD.shape[1:])
+        return flat.index_copy(0, real_T, out_THD).view_as(q_BLHD)
+
+    return hidden_states(decoder, batch.tokens_BL, batch.positions_BL, attend)
+
+
+def unpadded_decode(
+    decoder: Decoder,
+    tokens_B: Tensor,
+    kv_lens_B: Tensor,
+    cache: Cache,
+    key_row_T: Tensor,
+    key_at_T: Tensor,
+    cu_seqlens_k: Tensor,
+) -> Tensor:
+    """Hidden states [B, E]: every layer gathers the real keys of its padded cache.
+
+    key_row_T, key_at_T, cu_seqlens_k: where they lie in B and C, the new token's included.
+    """
+    scale = decoder.config.attention_scale
+    cu_seqlens_q = torch.arange(len(tokens_B) + 1, dtype=torch.int32, device=tokens_B.device)
+
+    def attend(layer: Attention, q_B1HD: Tensor, k_B1KD: Tensor, v_B1KD: Tensor) -> Tensor:
+        caches = _append(cache, layer.layer, kv_lens_B, k_B1KD, v_B1KD)
+        k_TKD, v_TKD = (x_BKCD[key_row_T, :, key_at_T] for x_BKCD in caches)
+        out_BHD, _ = varlen_attention(
+            q_B1HD[:, 0], k_TKD, v_TKD, cu_seqlens_q, cu_seqlens_k,
+            scale=scale, window_size=layer.window_size,
+        )  # fmt: skip
+        return out_BHD[:, None]
+
+    return hidden_states(decoder, tokens_B[:, None], kv_lens_B[:, None], attend)[:, 0]
