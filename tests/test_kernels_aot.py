@@ -94,9 +94,16 @@ def test_varlen_attention(
     check(varlen_attention_kernel, target_name, constants, TRITON_TYPES[dtype])
 
 
-@pytest.mark.parametrize("target_name", ["sm_90", "sm_100"])
-@pytest.mark.parametrize(("head_dim", "group"), [(64, 4), (80, 3), (128, 4), (256, 2)])
-@pytest.mark.parametrize("softcap", [0.0, 30.0])
+@pytest.mark.parametrize(
+    ("target_name", "head_dim", "group", "softcap"),
+    [
+        ("sm_90", 64, 4, 0.0),
+        ("sm_90", 80, 3, 0.0),
+        ("sm_90", 128, 4, 0.0),
+        ("sm_90", 256, 2, 30.0),
+        ("sm_100", 128, 4, 0.0),
+    ],
+)
 def test_varlen_attention_with_descriptors(
     target_name: str, head_dim: int, group: int, softcap: float
 ) -> None:
@@ -108,8 +115,7 @@ def test_varlen_attention_with_descriptors(
         assert compiled.stack_bytes == 0
 
 
-@pytest.mark.parametrize("head_dim", [64, 96, 128])
-@pytest.mark.parametrize("block_n", [64, 128])
+@pytest.mark.parametrize(("head_dim", "block_n"), [(64, 128), (96, 64), (128, 128)])
 def test_warps_are_specialised_on_hopper(head_dim: int, block_n: int) -> None:
     """Triton drops what it cannot specialise without a word: a `while` in the kernel is enough."""
     tile = Tile(128, 128, block_n, max(64, 1 << (head_dim - 1).bit_length()), 4, 2)
@@ -120,7 +126,7 @@ def test_warps_are_specialised_on_hopper(head_dim: int, block_n: int) -> None:
     assert compiled.stack_bytes == 0
 
 
-@pytest.mark.parametrize("group", [1, 2, 4, 8])
+@pytest.mark.parametrize("group", [1, 4])
 def test_no_tile_spills_on_hopper(group: int) -> None:
     """What a model with heads of 128 runs, prefill and decode."""
     # ptxas keeps one value on the stack in a decode tile of 96 or 128 registers.
