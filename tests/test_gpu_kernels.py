@@ -34,6 +34,7 @@ from tests.attention_cases import (
     make_qkv,
     reference,
 )
+from tools import bench_attention
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -316,6 +317,22 @@ def test_a_token_stride_beyond_32_bit_offsets_is_copied() -> None:
     assert wide_k.stride(0) > MAX_TOKEN_STRIDE
     expected_THD, _ = run_varlen(case, (q_THD, k_TKD, v_TKD))
     assert torch.equal(run_varlen(case, (q_THD, wide_k, v_TKD))[0], expected_THD)
+
+
+@pytest.mark.parametrize("section", ["varlen", "decode"])
+def test_the_benchmark_tells_right_from_wrong(
+    section: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = bench_attention.Kind(DEVICE, torch.float16)
+    heads = bench_attention.Heads(2, 1, 64)
+    candidate = bench_attention.CANDIDATES[section](heads)[0]
+    bench_attention.check_candidate(section, heads, candidate, kind)
+
+    name = "run_varlen" if section == "varlen" else "run_paged"
+    right = getattr(bench_attention, name)
+    monkeypatch.setattr(bench_attention, name, lambda *args: right(*args) * 1.01)
+    with pytest.raises(ValueError, match="wrong by .* beyond rounding"):
+        bench_attention.check_candidate(section, heads, candidate, kind)
 
 
 @given(cases(DTYPES, 40))

@@ -48,6 +48,16 @@ CAUSAL = Window(None, 0)
 CACHE_BLOCK = 16
 
 
+class Kind(NamedTuple):
+    """Where and of what dtype inputs are made: tests have no GPU."""
+
+    device: str = "cuda"
+    dtype: torch.dtype = torch.bfloat16
+
+
+GPU = Kind()
+
+
 class Heads(NamedTuple):
     query: int
     key: int
@@ -249,14 +259,14 @@ class Packed(NamedTuple):
     cu_seqlens: Tensor
 
 
-def packed_inputs(heads: Heads, lengths: list[int], seed: int) -> Packed:
-    generator = torch.Generator("cuda").manual_seed(seed)
+def packed_inputs(heads: Heads, lengths: list[int], seed: int, kind: Kind = GPU) -> Packed:
+    generator = torch.Generator(kind.device).manual_seed(seed)
 
     def normal(num_heads: int) -> Tensor:
         shape = (sum(lengths), num_heads, heads.dim)
-        return torch.randn(shape, generator=generator, device="cuda").bfloat16()
+        return torch.randn(shape, generator=generator, device=kind.device).to(kind.dtype)
 
-    offsets = torch.tensor([0, *lengths]).cumsum(0).int().cuda()
+    offsets = torch.tensor([0, *lengths]).cumsum(0).int().to(kind.device)
     return Packed(normal(heads.query), normal(heads.key), normal(heads.key), offsets)
 
 
@@ -271,26 +281,28 @@ class Paged(NamedTuple):
     block_table_SW: Tensor
 
 
-def paged_inputs(heads: Heads, q_lens: list[int], kv_lens: list[int], seed: int) -> Paged:
-    generator = torch.Generator("cuda").manual_seed(seed)
+def paged_inputs(
+    heads: Heads, q_lens: list[int], kv_lens: list[int], seed: int, kind: Kind = GPU
+) -> Paged:
+    generator = torch.Generator(kind.device).manual_seed(seed)
     counts = [-(-kv_len // CACHE_BLOCK) for kv_len in kv_lens]
-    blocks = torch.randperm(sum(counts), generator=generator, device="cuda").int()
-    table_SW = torch.zeros(len(kv_lens), max(counts), dtype=torch.int32, device="cuda")
+    blocks = torch.randperm(sum(counts), generator=generator, device=kind.device).int()
+    table_SW = torch.zeros(len(kv_lens), max(counts), dtype=torch.int32, device=kind.device)
     for seq, part in enumerate(blocks.split(counts)):
         table_SW[seq, : len(part)] = part
     shape = (sum(counts), CACHE_BLOCK, heads.key, heads.dim)
 
     def cache() -> Tensor:
-        made = torch.empty(shape, dtype=torch.bfloat16, device="cuda")
+        made = torch.empty(shape, dtype=kind.dtype, device=kind.device)
         return made.normal_(generator=generator)
 
     q_shape = (sum(q_lens), heads.query, heads.dim)
     return Paged(
-        torch.randn(q_shape, generator=generator, device="cuda").bfloat16(),
+        torch.randn(q_shape, generator=generator, device=kind.device).to(kind.dtype),
         cache(),
         cache(),
-        torch.tensor([0, *q_lens]).cumsum(0).int().cuda(),
-        torch.tensor(kv_lens, dtype=torch.int32, device="cuda"),
+        torch.tensor([0, *q_lens]).cumsum(0).int().to(kind.device),
+        torch.tensor(kv_lens, dtype=torch.int32, device=kind.device),
         table_SW,
     )
 
@@ -345,16 +357,19 @@ def check_sequence(out_QHD: Tensor, q_QHD: Tensor, k_LKD: Tensor, v_LKD: Tensor)
         )
 
 
-def check_candidate(section: str, heads: Heads, candidate: Candidate | None) -> None:
+def check_candidate(
+    section: str, heads: Heads, candidate: Candidate | None, kind: Kind = GPU
+) -> None:
+    """One call on new random inputs, against float64; ValueError where it is wrong."""
     seed = time.time_ns() % 2**31
     lengths = [517, 1, 128, 129, 63, 300, 64]
     if section == "varlen":
-        x = packed_inputs(heads, lengths, seed)
+        x = packed_inputs(heads, lengths, seed, kind)
         out_THD = run_varlen(x, heads, candidate)
         parts = zip(*(t.split(lengths) for t in (out_THD, *x[:3])), strict=True)
     else:
         q_lens = [1] * len(lengths) if section == "decode" else lengths
-        paged = paged_inputs(heads, q_lens, [n + 700 for n in lengths], seed)
+        paged = paged_inputs(heads, q_lens, [n + 700 for n in lengths], seed, kind)
         out_THD = run_paged(paged, heads, candidate)
         parts = zip(
             out_THD.split(q_lens),
