@@ -220,8 +220,8 @@ def test_paged_with_any_tile_equals_definition(
 
 
 @pytest.mark.parametrize("num_splits", [1, 3])
-@pytest.mark.parametrize("block_n", [16, 32])
-def test_whole_tiles_between_two_edges(num_splits: int, block_n: int) -> None:
+@pytest.mark.parametrize(("block_size", "block_n"), [(4, 32), (24, 16), (64, 16)])
+def test_whole_tiles_between_two_edges(num_splits: int, block_size: int, block_n: int) -> None:
     """A window so wide that whole tiles lie within it, and so narrow that keys lie before it."""
     case = dataclasses.replace(
         LEAK_CASE,
@@ -231,6 +231,7 @@ def test_whole_tiles_between_two_edges(num_splits: int, block_n: int) -> None:
         num_kv_heads=1,
         window_size=(100, 0),
         causal=True,
+        block_size=block_size,
     )
     qkv = make_qkv(case, DEVICE)
     expected = reference(case, *qkv)
@@ -331,7 +332,7 @@ def test_the_benchmark_tells_right_from_wrong(
     name = "run_varlen" if section == "varlen" else "run_paged"
     right = getattr(bench_attention, name)
     monkeypatch.setattr(bench_attention, name, lambda *args: right(*args) * 1.01)
-    with pytest.raises(ValueError, match="wrong by .* beyond rounding"):
+    with pytest.raises(ValueError, match=r"wrong by .* beyond rounding"):
         bench_attention.check_candidate(section, heads, candidate, kind)
 
 
