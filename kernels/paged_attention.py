@@ -5,6 +5,7 @@ that share a key/value head, D head dim, N cache blocks, B tokens a block, W blo
 have (the block table's width), L keys of one sequence, P parts its keys are split into.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -23,20 +24,26 @@ from minigen.kernels.cpu import attend_sequence
 from minigen.kernels.tiles import (
     Tile,
     choose_tile,
-    find_sequence,
+    count_edge_tiles,
+    edge_tile,
+    find_queries,
     key_range,
+    load_keys,
     on_device_of,
+    positive_scale,
+    power_of_two,
     score_arguments,
     shared_bytes_of,
     softmax_finish,
     softmax_step,
     tile_arguments,
     visible_keys,
+    whole_tiles,
     window_arguments,
 )
 from minigen.kernels.triton_import import tl, triton
 
-MAX_SPLITS = 64  # the second kernel holds as many partial rows of D in registers
+MAX_SPLITS = 64  # the merge holds as many partial rows of D in registers
 
 
 def paged_attention(
@@ -213,17 +220,37 @@ def _cuda(
     )
 
 
-def choose_num_splits(
-    tile: Tile, num_seqs: int, num_tokens: int, num_kv_heads: int, most: int, num_sms: int
-) -> int:
-    """Programs a sequence's keys are divided among: a power of two that fills the GPU a few times.
+def choose_num_splits(num_programs: int, num_tiles: int, num_slots: int) -> int:
+    """Programs that a sequence's keys are divided among, for the least time by this reckoning.
 
-    Reckoned from what the host knows (`most`: tiles of keys that the block table's width can hold).
-    Programs that the real lengths leave without keys end at once.
+    `num_programs` without a split run `num_slots` at a time. One takes as many steps as it has
+    tiles of keys (`num_tiles` at most: the host knows the block table's width, not the lengths;
+    programs that the real lengths leave without keys end at once), and two until its first tile
+    has arrived. A started wave counts by halves, because a few programs that are left share the
+    memory's bandwidth among fewer. The merge of parts is a second launch: about two steps, and more
+    with more parts. Nothing of this is measured yet, see `tools/LOG.md`.
     """
-    blocks = max(num_tokens // tile.block_q, num_seqs)
-    wanted = min(4 * num_sms // (blocks * num_kv_heads), most, MAX_SPLITS)
-    return 1 << (max(wanted, 1).bit_length() - 1)
+
+    def steps(splits: int) -> float:
+        waves = max(math.ceil(2 * num_programs * splits / num_slots) / 2, 1)
+        merge = 0 if splits == 1 else 2 + splits / 32
+        return waves * (math.ceil(num_tiles / splits) + 2) + merge
+
+    best = min(range(1, min(max(num_tiles, 1), MAX_SPLITS) + 1), key=steps)
+    return best if steps(best) < 0.95 * steps(1) else 1
+
+
+def resident_programs(tile: Tile, itemsize: int, device: torch.device) -> int:
+    """How many programs of a tile the GPU holds at once, by shared memory (decode is not short of
+    registers), at most four a multiprocessor."""
+    if device.type != "cuda":
+        return 1
+    properties = torch.cuda.get_device_properties(device)
+    buffers = max((tile.num_stages - 1) // 2, 1)
+    buffer_bytes = 2 * buffers * tile.block_n * tile.block_d * itemsize
+    # Queries, weights and table entries take a little more: 6 KiB at 16 rows of 128.
+    per_sm = properties.shared_memory_per_multiprocessor // (buffer_bytes + 8192)
+    return properties.multi_processor_count * min(max(per_sm, 1), 4)
 
 
 def paged_attention_triton(
@@ -238,10 +265,11 @@ def paged_attention_triton(
     scale: float,
     softcap: float,
     num_splits: int | None = None,
+    tile: Tile | None = None,
 ) -> Tensor:
     """Launches the kernels on checked arguments: on a GPU, or on the CPU in Triton's interpreter.
 
-    `num_splits` (a power of two up to 64) is chosen by size unless given.
+    `num_splits` (1 to 64) and `tile` are chosen by size unless given.
     """
     if q_THD.stride(-1) != 1:
         q_THD = q_THD.contiguous()
@@ -252,16 +280,25 @@ def paged_attention_triton(
     out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=device)
     if num_tokens == 0 or num_seqs == 0:
         return out_THD
+    q_THD, scale = positive_scale(q_THD, scale)
     group = num_heads // num_kv_heads
-    tile = choose_tile(
-        -(-num_tokens // num_seqs), group, head_dim, q_THD.element_size(), shared_bytes_of(device)
-    )
-    if num_splits is None:
-        num_sms = (
-            torch.cuda.get_device_properties(device).multi_processor_count if q_THD.is_cuda else 1
+    itemsize = q_THD.element_size()
+    if tile is None:
+        tile = choose_tile(
+            -(-num_tokens // num_seqs),
+            group,
+            head_dim,
+            itemsize,
+            shared_bytes_of(device),
+            paged=True,
         )
-        most = -(-width * block_size // tile.block_n)
-        num_splits = choose_num_splits(tile, num_seqs, num_tokens, num_kv_heads, most, num_sms)
+    num_programs = (num_tokens // tile.block_q + num_seqs) * num_kv_heads
+    if num_splits is None:
+        num_splits = choose_num_splits(
+            max(num_tokens // tile.block_q, num_seqs) * num_kv_heads,
+            -(-width * block_size // tile.block_n),
+            resident_programs(tile, itemsize, device),
+        )
 
     part_PTHD, lse_PTH = out_THD, out_THD  # not used without a split
     if num_splits > 1:
@@ -269,7 +306,7 @@ def paged_attention_triton(
         part_PTHD = torch.empty(*rows, head_dim, dtype=torch.float32, device=device)
         lse_PTH = torch.empty(rows, dtype=torch.float32, device=device)
     with on_device_of(q_THD):
-        paged_attention_kernel[(num_tokens // tile.block_q + num_seqs, num_kv_heads, num_splits)](
+        paged_attention_kernel[(num_programs * num_splits,)](
             q_THD,
             k_cache_NBKD,
             v_cache_NBKD,
@@ -280,27 +317,75 @@ def paged_attention_triton(
             block_table_SW,
             num_tokens,
             num_seqs,
+            num_splits,
             *q_THD.stride()[:2],
             *block_table_SW.stride(),
             **window_arguments(window),
             **score_arguments(scale, softcap),
             **tile_arguments(tile, group, head_dim),
+            NUM_KV_HEADS=num_kv_heads,
             CACHE_BLOCK=block_size,
             IS_SPLIT=num_splits > 1,
         )
         if num_splits > 1:
-            merge_splits_kernel[(num_tokens, num_heads)](
+            merge_splits_kernel[(num_tokens * num_heads,)](
                 part_PTHD,
                 lse_PTH,
                 out_THD,
-                NUM_SPLITS=num_splits,
+                num_tokens * num_heads,
+                num_splits,
                 HEAD_DIM=head_dim,
+                BLOCK_P=power_of_two(num_splits),
                 BLOCK_D=tile.block_d,
+                num_warps=1 if num_splits <= 8 else 4,
             )
     return out_THD
 
 
 @triton.jit
+def cache_rows(
+    table_row_ptr,
+    table_stride_w,
+    start,
+    num_keys,
+    CACHE_BLOCK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    EDGE: tl.constexpr,
+):
+    """Rows of the cache, of K heads each, that hold the keys from `start`, where a tile begins.
+
+    One entry of the table is read for each cache block where blocks and tiles divide each other.
+    Entries behind the sequence are not read: they need not name a block.
+    """
+    tile_N = tl.arange(0, BLOCK_N)
+    if CACHE_BLOCK % BLOCK_N == 0:
+        cache_block = tl.load(table_row_ptr + start // CACHE_BLOCK * table_stride_w).to(tl.int64)
+        return cache_block * CACHE_BLOCK + start % CACHE_BLOCK + tile_N
+    elif BLOCK_N % CACHE_BLOCK == 0:
+        NUM_BLOCKS: tl.constexpr = BLOCK_N // CACHE_BLOCK
+        entry_B = start // CACHE_BLOCK + tl.arange(0, NUM_BLOCKS)
+        if EDGE:
+            cache_block_B = tl.load(
+                table_row_ptr + entry_B * table_stride_w,
+                mask=entry_B * CACHE_BLOCK < num_keys,
+                other=0,
+            )
+        else:
+            cache_block_B = tl.load(table_row_ptr + entry_B * table_stride_w)
+        first_row_B = cache_block_B.to(tl.int64) * CACHE_BLOCK
+        row_BN = first_row_B[:, None] + tl.arange(0, CACHE_BLOCK)[None, :]
+        return tl.reshape(row_BN, [BLOCK_N])
+    else:
+        key_N = start + tile_N
+        cache_block_N = tl.load(
+            table_row_ptr + key_N // CACHE_BLOCK * table_stride_w, mask=key_N < num_keys, other=0
+        )
+        return cache_block_N.to(tl.int64) * CACHE_BLOCK + key_N % CACHE_BLOCK
+
+
+@triton.jit(
+    do_not_specialize=["num_tokens", "num_seqs", "num_splits", "window_left", "window_right"]
+)
 def paged_attention_kernel(
     q_ptr,
     k_cache_ptr,
@@ -312,6 +397,7 @@ def paged_attention_kernel(
     block_table_ptr,
     num_tokens,
     num_seqs,
+    num_splits,
     q_stride_t,
     q_stride_h,
     table_stride_s,
@@ -323,6 +409,7 @@ def paged_attention_kernel(
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
     CACHE_BLOCK: tl.constexpr,
     IS_SPLIT: tl.constexpr,
     GROUP: tl.constexpr,
@@ -331,19 +418,19 @@ def paged_attention_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    MASK_ALL: tl.constexpr,
 ):
     """One program: BLOCK_Q queries of one sequence, the heads of one group, one share of the keys.
 
     Without a split it writes the output; with one, float32 parts and their log-sums in base 2.
+    Programs that start together read the same keys of other heads, neighbours in a cache's rows.
     """
-    block = tl.program_id(0)
-    kv_head = tl.program_id(1)
-    split = tl.program_id(2)
-    num_kv_heads = tl.num_programs(1)
-    seq = find_sequence(cu_seqlens_q_ptr, block, num_seqs, BLOCK_Q)
-    q_start = tl.load(cu_seqlens_q_ptr + seq)
-    num_queries = tl.load(cu_seqlens_q_ptr + seq + 1) - q_start
-    first_query = (block - (q_start // BLOCK_Q + seq)) * BLOCK_Q
+    kv_head = tl.program_id(0) % NUM_KV_HEADS
+    share = tl.program_id(0) // NUM_KV_HEADS
+    split = share % num_splits
+    seq, q_start, num_queries, first_query = find_queries(
+        cu_seqlens_q_ptr, share // num_splits, num_seqs, HAS_RIGHT, BLOCK_Q
+    )
     if first_query >= num_queries:
         return
     num_keys = tl.load(kv_lens_ptr + seq)
@@ -356,9 +443,9 @@ def paged_attention_kernel(
     token_M = (q_start + query_M).to(tl.int64)
     in_tile_M = (row_M < BLOCK_Q * GROUP) & (query_M < num_queries)
     in_tile_MD = in_tile_M[:, None] & (dim_D < HEAD_DIM)[None, :]
-    part_row_M = token_M * (num_kv_heads * GROUP) + head_M
+    part_row_M = token_M * (NUM_KV_HEADS * GROUP) + head_M
     if IS_SPLIT:
-        part_row_M += split.to(tl.int64) * num_tokens * (num_kv_heads * GROUP)
+        part_row_M += split.to(tl.int64) * num_tokens * (NUM_KV_HEADS * GROUP)
 
     position_M = query_M + (num_keys - num_queries)
     first = first_query + (num_keys - num_queries)
@@ -368,9 +455,9 @@ def paged_attention_kernel(
     )
     if IS_SPLIT:
         num_tiles = tl.cdiv(tl.maximum(high - low, 0), BLOCK_N)
-        share = tl.cdiv(num_tiles, tl.num_programs(2)) * BLOCK_N
-        low += split * share
-        high = tl.minimum(low + share, high)
+        keys_a_share = tl.cdiv(num_tiles, num_splits) * BLOCK_N
+        low += split * keys_a_share
+        high = tl.minimum(low + keys_a_share, high)
         if low >= high:  # nothing left for this program: the merge skips its part
             tl.store(
                 lse_ptr + part_row_M,
@@ -378,67 +465,88 @@ def paged_attention_kernel(
                 mask=in_tile_M,
             )
             return
+    whole_low, whole_high = whole_tiles(
+        first,
+        last,
+        low,
+        high,
+        num_keys,
+        window_left,
+        window_right,
+        HAS_LEFT,
+        HAS_RIGHT,
+        BLOCK_N,
+        MASK_ALL,
+    )
+    before, num_edge_tiles = count_edge_tiles(low, high, whole_low, whole_high, BLOCK_N)
 
     q_offset_MD = (token_M * q_stride_t + head_M * q_stride_h)[:, None] + dim_D[None, :]
     q_MD = tl.load(q_ptr + q_offset_MD, mask=in_tile_MD, other=0.0)
     acc_MD = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     max_M = tl.full([BLOCK_M], float("-inf"), tl.float32)
     sum_M = tl.zeros([BLOCK_M], tl.float32)
+    tile_N = tl.arange(0, BLOCK_N)
     table_row_ptr = block_table_ptr + tl.cast(seq, tl.int64) * table_stride_s
-    for start in range(low, high, BLOCK_N):
-        key_N = start + tl.arange(0, BLOCK_N)
-        cache_block_N = tl.load(
-            table_row_ptr + key_N // CACHE_BLOCK * table_stride_w, mask=key_N < num_keys, other=0
-        ).to(tl.int64)
-        cache_row_N = (cache_block_N * CACHE_BLOCK + key_N % CACHE_BLOCK) * num_kv_heads + kv_head
-        offset_N = cache_row_N * HEAD_DIM
-        in_sequence_ND = (key_N < num_keys)[:, None] & (dim_D < HEAD_DIM)[None, :]
-        in_sequence_DN = (key_N < num_keys)[None, :] & (dim_D < HEAD_DIM)[:, None]
-        k_DN = tl.load(
-            k_cache_ptr + offset_N[None, :] + dim_D[:, None], mask=in_sequence_DN, other=0.0
+    k_cache_ptr += kv_head * HEAD_DIM
+    v_cache_ptr += kv_head * HEAD_DIM
+    if not MASK_ALL:
+        for start in range(whole_low, whole_high, BLOCK_N):
+            row_N = cache_rows(
+                table_row_ptr, table_stride_w, start, num_keys, CACHE_BLOCK, BLOCK_N, False
+            )
+            offset_ND = (row_N * (NUM_KV_HEADS * HEAD_DIM))[:, None] + dim_D[None, :]
+            key_N = start + tile_N
+            k_ND = load_keys(
+                k_cache_ptr + offset_ND, key_N, num_keys, dim_D, HEAD_DIM, BLOCK_D, False
+            )
+            v_ND = load_keys(
+                v_cache_ptr + offset_ND, key_N, num_keys, dim_D, HEAD_DIM, BLOCK_D, False
+            )
+            acc_MD, max_M, sum_M = softmax_step(
+                acc_MD, max_M, sum_M, q_MD, k_ND, v_ND, None,
+                score_scale, cap_scale, HAS_SOFTCAP, False,
+            )  # fmt: skip
+    for index in range(num_edge_tiles):
+        start = edge_tile(index, before, low, whole_high, BLOCK_N)
+        row_N = cache_rows(
+            table_row_ptr, table_stride_w, start, num_keys, CACHE_BLOCK, BLOCK_N, True
         )
-        v_ND = tl.load(
-            v_cache_ptr + offset_N[:, None] + dim_D[None, :], mask=in_sequence_ND, other=0.0
-        )
+        offset_ND = (row_N * (NUM_KV_HEADS * HEAD_DIM))[:, None] + dim_D[None, :]
+        key_N = start + tile_N
+        k_ND = load_keys(k_cache_ptr + offset_ND, key_N, num_keys, dim_D, HEAD_DIM, BLOCK_D, True)
+        v_ND = load_keys(v_cache_ptr + offset_ND, key_N, num_keys, dim_D, HEAD_DIM, BLOCK_D, True)
         visible_MN = visible_keys(
             position_M, key_N, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT
         )
         acc_MD, max_M, sum_M = softmax_step(
-            acc_MD,
-            max_M,
-            sum_M,
-            q_MD,
-            k_DN,
-            v_ND,
-            visible_MN,
-            score_scale,
-            cap_scale,
-            HAS_SOFTCAP,
-        )
+            acc_MD, max_M, sum_M, q_MD, k_ND, v_ND, visible_MN,
+            score_scale, cap_scale, HAS_SOFTCAP, True,
+        )  # fmt: skip
 
-    out_MD, lse_M = softmax_finish(acc_MD, max_M, sum_M)
+    out_MD, lse_M = softmax_finish(acc_MD, max_M, sum_M, score_scale, HAS_SOFTCAP)
     out_offset_MD = (part_row_M * HEAD_DIM)[:, None] + dim_D[None, :]
     tl.store(out_ptr + out_offset_MD, out_MD.to(out_ptr.dtype.element_ty), mask=in_tile_MD)
     if IS_SPLIT:
         tl.store(lse_ptr + part_row_M, lse_M, mask=in_tile_M)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_splits"])
 def merge_splits_kernel(
     part_ptr,
     lse_ptr,
     out_ptr,
-    NUM_SPLITS: tl.constexpr,
+    num_rows,
+    num_splits,
     HEAD_DIM: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One program: weighs the P parts of one query head by their sums of exponents."""
-    num_heads = tl.num_programs(1)
-    row = tl.program_id(0).to(tl.int64) * num_heads + tl.program_id(1)
-    num_rows = tl.num_programs(0).to(tl.int64) * num_heads
-    row_P = tl.arange(0, NUM_SPLITS) * num_rows + row
+    """One program: weighs the parts of one token's query head by their sums of exponents."""
+    row = tl.program_id(0).to(tl.int64)
+    part_P = tl.arange(0, BLOCK_P)
+    row_P = part_P.to(tl.int64) * num_rows + row
     dim_D = tl.arange(0, BLOCK_D)
-    lse_P = tl.load(lse_ptr + row_P)
+    lse_P = tl.load(lse_ptr + row_P, mask=part_P < num_splits, other=float("-inf"))
     # A part without keys was never written, and reading it could bring a NaN.
     filled_P = lse_P != float("-inf")
     part_PD = tl.load(

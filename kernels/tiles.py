@@ -23,7 +23,12 @@ LEAST_SHARED_BYTES = 99 * 1024
 
 
 class Tile(NamedTuple):
-    """The sizes with which an attention kernel is compiled."""
+    """The sizes with which an attention kernel is compiled.
+
+    `block_q` is `block_m` where heads are not packed. With `mask_all` one loop masks every tile;
+    without, whole tiles have a loop without masks, and the pipeline runs empty before the second
+    loop, over the edge tiles: worth it where many tiles are whole and masks cost time.
+    """
 
     block_m: int
     block_q: int
@@ -31,6 +36,7 @@ class Tile(NamedTuple):
     block_d: int
     num_warps: int
     num_stages: int
+    mask_all: bool = False
 
 
 def power_of_two(number: int) -> int:
@@ -39,9 +45,20 @@ def power_of_two(number: int) -> int:
 
 
 def choose_tile(
-    queries: int, group: int, head_dim: int, itemsize: int, shared_bytes: int = LEAST_SHARED_BYTES
+    queries: int,
+    group: int,
+    head_dim: int,
+    itemsize: int,
+    shared_bytes: int = LEAST_SHARED_BYTES,
+    paged: bool = False,
 ) -> Tile:
-    """Tile for sequences of about `queries` queries each; a tensor core needs 16 rows at least."""
+    """Tile for sequences of about `queries` queries each; a tensor core needs 16 rows at least.
+
+    A tile of few rows waits for memory, not for its masks, so that it masks all. `paged` keys come
+    in two dependent loads (table, then cache): Triton's pipeliner then holds (num_stages - 1) // 2
+    tiles in flight, seen in TTGIR, where it holds num_stages tiles of keys at known addresses. With
+    64 KiB (AMD, whose pipeliner counts otherwise) num_stages stays what surely fits.
+    """
     block_d = max(16, power_of_two(head_dim))
     row_bytes = block_d * itemsize
     most_rows = 64 if row_bytes > 256 else 128
@@ -50,10 +67,15 @@ def choose_tile(
     block_n = 64 if row_bytes <= 256 else 32
     if row_bytes > 512:
         block_n = 16
-    spare_bytes = shared_bytes - block_m * row_bytes
-    num_stages = min(max(spare_bytes // (2 * block_n * row_bytes), 1), 3)
+    # Besides queries and keys: weights on their way to the second product, entries of the table.
+    spare_bytes = shared_bytes - block_m * row_bytes - (8 * 1024 if paged else 0)
+    # Two tiles in flight let three decode programs of head dim 128 share a multiprocessor.
+    most_buffers = 2 if paged and block_m <= 32 else 3
+    buffers = min(max(spare_bytes, 0) // (2 * block_n * row_bytes), most_buffers)
+    counts_pairs = paged and shared_bytes > 64 * 1024
+    num_stages = 2 * buffers + 1 if counts_pairs else max(buffers, 1)
     num_warps = 8 if block_m * block_d >= 128 * 128 else 4
-    return Tile(block_m, block_m // group, block_n, block_d, num_warps, num_stages)
+    return Tile(block_m, block_m // group, block_n, block_d, num_warps, num_stages, block_m <= 32)
 
 
 def shared_bytes_of(device: torch.device) -> int:
@@ -87,9 +109,17 @@ def tile_arguments(tile: Tile, group: int, head_dim: int) -> dict[str, Any]:
         "BLOCK_Q": tile.block_q,
         "BLOCK_N": tile.block_n,
         "BLOCK_D": tile.block_d,
+        "MASK_ALL": tile.mask_all,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
     }
+
+
+def positive_scale(q_THD: Tensor, scale: float) -> tuple[Tensor, float]:
+    """The same scores with a scale above 0, which `softmax_step` needs: its sign goes into q."""
+    if scale > 0:
+        return q_THD, scale
+    return q_THD * (-1.0 if scale < 0 else 0.0), -scale if scale < 0 else 1.0
 
 
 def score_arguments(scale: float, softcap: float) -> dict[str, Any]:
@@ -110,15 +140,36 @@ def find_sequence(cu_seqlens_ptr, block, num_seqs, BLOCK_Q: tl.constexpr):
     Every sequence gets at least the blocks it needs, and the host can bound their number by
     T // BLOCK_Q + S without a length.
     """
-    left = 0
+    left = num_seqs * 0
     right = num_seqs
-    while left < right:
+    # A loop of known length (one step more than needed does no harm) without `if`: beside a `while`
+    # or an `else` Triton 3.6 and 3.7 do not specialise warps.
+    for _ in range(tl.log2(num_seqs.to(tl.float32)).to(tl.int32) + 2):
         middle = (left + right) // 2
-        if tl.load(cu_seqlens_ptr + middle) // BLOCK_Q + middle <= block:
-            left = middle + 1
-        else:
-            right = middle
+        is_right = tl.load(cu_seqlens_ptr + middle) // BLOCK_Q + middle <= block
+        is_right &= left < right
+        left = tl.where(is_right, middle + 1, left)
+        right = tl.where(is_right, right, middle)
     return left - 1
+
+
+@triton.jit
+def find_queries(
+    cu_seqlens_ptr, block, num_seqs, LATEST_FIRST: tl.constexpr, BLOCK_Q: tl.constexpr
+):
+    """Sequence of a block, its first row, its number of queries, and the block's first query.
+
+    LATEST_FIRST turns the blocks of a sequence round: under a causal mask the last queries see most
+    keys, and work that starts last should be short. A surplus block begins behind the queries.
+    """
+    seq = find_sequence(cu_seqlens_ptr, block, num_seqs, BLOCK_Q)
+    q_start = tl.load(cu_seqlens_ptr + seq)
+    num_queries = tl.load(cu_seqlens_ptr + seq + 1) - q_start
+    index = block - (q_start // BLOCK_Q + seq)
+    if LATEST_FIRST:
+        num_blocks = tl.cdiv(num_queries, BLOCK_Q)
+        index = tl.where(index < num_blocks, num_blocks - 1 - index, index)
+    return seq, q_start, num_queries, index * BLOCK_Q
 
 
 @triton.jit
@@ -162,29 +213,104 @@ def visible_keys(
 
 
 @triton.jit
+def whole_tiles(
+    first,
+    last,
+    low,
+    high,
+    num_keys,
+    window_left,
+    window_right,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MASK_ALL: tl.constexpr,
+):
+    """The part of `low` to `high` in tiles of which every query sees every key, so without masks.
+
+    What lies before and behind it (window's edge, diagonal, end of the sequence) are edge tiles,
+    see `edge_tile`. Without a whole tile both bounds are `low`; MASK_ALL counts none as whole.
+    """
+    if MASK_ALL:
+        return low, low
+    whole_low = low
+    whole_high = tl.minimum(num_keys, high)
+    if HAS_LEFT:
+        whole_low = tl.maximum(tl.cdiv(tl.maximum(last - window_left, 0), BLOCK_N) * BLOCK_N, low)
+    if HAS_RIGHT:
+        whole_high = tl.minimum(first + window_right + 1, whole_high)
+    whole_high = tl.maximum(whole_high, 0) // BLOCK_N * BLOCK_N
+    none = whole_high <= whole_low
+    return tl.where(none, low, whole_low), tl.where(none, low, whole_high)
+
+
+@triton.jit
+def count_edge_tiles(low, high, whole_low, whole_high, BLOCK_N: tl.constexpr):
+    """How many edge tiles lie before the whole ones, and how many there are in all."""
+    before = (whole_low - low) // BLOCK_N
+    return before, before + tl.cdiv(tl.maximum(high - whole_high, 0), BLOCK_N)
+
+
+@triton.jit
+def edge_tile(index, before, low, whole_high, BLOCK_N: tl.constexpr):
+    """First key of an edge tile: those before the whole tiles are counted first."""
+    return tl.where(index < before, low + index * BLOCK_N, whole_high + (index - before) * BLOCK_N)
+
+
+@triton.jit
+def load_keys(
+    ptr_ND,
+    key_N,
+    num_keys,
+    dim_D,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EDGE: tl.constexpr,
+):
+    """One tile of keys or values; rows behind the sequence are zeros, as is a padded head dim."""
+    if EDGE:
+        in_tile_ND = (key_N < num_keys)[:, None] & (dim_D < HEAD_DIM)[None, :]
+        return tl.load(ptr_ND, mask=in_tile_ND, other=0.0)
+    elif HEAD_DIM < BLOCK_D:
+        return tl.load(ptr_ND, mask=(dim_D < HEAD_DIM)[None, :], other=0.0)
+    else:
+        return tl.load(ptr_ND)
+
+
+@triton.jit
 def softmax_step(
     acc_MD,
     max_M,
     sum_M,
     q_MD,
-    k_DN,
+    k_ND,
     v_ND,
     visible_MN,
     score_scale,
     cap_scale,
     HAS_SOFTCAP: tl.constexpr,
+    EDGE: tl.constexpr,
 ):
-    """Takes one tile of keys into the running maximum, sum of exponents and weighted values."""
+    """Takes one tile of keys into the running maximum, sum of exponents and weighted values.
+
+    The maximum is of products before the scale (after the cap, where there is one), so that scaling
+    and subtracting it is one multiply-add an element; the scale must be positive. `visible_MN` is
+    looked at in edge tiles only: in the others every query sees every key.
+    """
     # "ieee": a float32 product in TF32 would keep ten bits of each factor.
-    score_MN = tl.dot(q_MD, k_DN, input_precision="ieee") * score_scale
+    score_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee")
+    unit = score_scale
     if HAS_SOFTCAP:  # cap * tanh(x) with tanh(x) = 1 - 2 / (e^2x + 1), which is right at +-inf
-        score_MN = cap_scale * (1.0 - 2.0 / (tl.exp2(score_MN) + 1.0))
-    score_MN = tl.where(visible_MN, score_MN, float("-inf"))
+        score_MN = cap_scale * (1.0 - 2.0 / (tl.exp2(score_MN * score_scale) + 1.0))
+        unit = 1.0
+    if EDGE:
+        score_MN = tl.where(visible_MN, score_MN, float("-inf"))
     new_max_M = tl.maximum(max_M, tl.max(score_MN, 1))
-    # A row that has seen no key yet has maximum -inf, and -inf - -inf is NaN.
-    base_M = tl.where(new_max_M == float("-inf"), 0.0, new_max_M)
-    weight_MN = tl.exp2(score_MN - base_M[:, None])
-    shrink_M = tl.exp2(max_M - base_M)
+    base_M = new_max_M * unit
+    if EDGE:  # A row that has seen no key yet has maximum -inf, and -inf - -inf is NaN.
+        base_M = tl.where(new_max_M == float("-inf"), 0.0, base_M)
+    weight_MN = tl.exp2(score_MN * unit - base_M[:, None])
+    shrink_M = tl.exp2(max_M * unit - base_M)
     sum_M = sum_M * shrink_M + tl.sum(weight_MN, 1)
     acc_MD = acc_MD * shrink_M[:, None]
     acc_MD = tl.dot(weight_MN.to(v_ND.dtype), v_ND, acc_MD, input_precision="ieee")
@@ -192,9 +318,12 @@ def softmax_step(
 
 
 @triton.jit
-def softmax_finish(acc_MD, max_M, sum_M):
+def softmax_finish(acc_MD, max_M, sum_M, score_scale, HAS_SOFTCAP: tl.constexpr):
     """Output and base-2 log of the sum of exponents; 0 and -inf for a row that saw no key."""
+    unit = score_scale
+    if HAS_SOFTCAP:
+        unit = 1.0
     empty_M = sum_M == 0.0
     divisor_M = tl.where(empty_M, 1.0, sum_M)
-    lse_M = tl.where(empty_M, float("-inf"), max_M + tl.log2(divisor_M))
+    lse_M = tl.where(empty_M, float("-inf"), max_M * unit + tl.log2(divisor_M))
     return acc_MD / divisor_M[:, None], lse_M

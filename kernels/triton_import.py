@@ -12,7 +12,11 @@ else:
         import triton
         import triton.language as tl
     except ImportError:  # no wheel for this platform; nothing can launch a kernel here either
-        triton = SimpleNamespace(jit=lambda function: function)
+
+        def _jit(function=None, **options):
+            return function if function is not None else lambda function: function
+
+        triton = SimpleNamespace(jit=_jit)
         tl = SimpleNamespace(constexpr=None)
 
 __all__ = ["tl", "triton"]

@@ -18,19 +18,32 @@ from minigen.kernels.checks import (
 )
 from minigen.kernels.cpu import attend_sequence
 from minigen.kernels.tiles import (
+    Tile,
     choose_tile,
-    find_sequence,
+    count_edge_tiles,
+    edge_tile,
+    find_queries,
     key_range,
+    load_keys,
     on_device_of,
+    positive_scale,
     score_arguments,
     shared_bytes_of,
     softmax_finish,
     softmax_step,
     tile_arguments,
     visible_keys,
+    whole_tiles,
     window_arguments,
 )
 from minigen.kernels.triton_import import tl, triton
+from minigen.kernels.varlen_attention_tma import (
+    choose_descriptor_tile,
+    launch_with_descriptors,
+)
+
+# A tile has at most 2**7 rows of keys; their offsets stay below 2**31. Wider tensors are copied.
+MAX_TOKEN_STRIDE = 2**23
 
 
 def varlen_attention(
@@ -180,47 +193,70 @@ def varlen_attention_triton(
     window: Window,
     scale: float,
     softcap: float,
+    tile: Tile | None = None,
+    tensor_descriptors: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Launches the kernel on checked arguments: on a GPU, or on the CPU in Triton's interpreter."""
+    """Launches a kernel on checked arguments: on a GPU, or on the CPU in Triton's interpreter.
+
+    `tile` is chosen by size unless given. `tensor_descriptors` runs the kernel of
+    `varlen_attention_tma.py`, which wants `fits_tensor_descriptors`; the operation keeps the plain
+    one until that has been timed on a GPU.
+    """
     q_THD, k_TKD, v_TKD = (
-        x if x.stride(-1) == 1 else x.contiguous() for x in (q_THD, k_TKD, v_TKD)
+        x if x.stride(-1) == 1 and x.stride(0) < MAX_TOKEN_STRIDE else x.contiguous()
+        for x in (q_THD, k_TKD, v_TKD)
     )
     out_THD, lse_HT = _empty_outputs(q_THD)
     num_tokens, num_heads, head_dim = q_THD.shape
-    num_kv_heads = k_TKD.shape[1]
+    group = num_heads // k_TKD.shape[1]
     num_seqs = cu_seqlens_q.shape[0] - 1
     if num_tokens == 0 or num_seqs == 0:
         return out_THD, lse_HT
-    group = num_heads // num_kv_heads
-    tile = choose_tile(
-        -(-num_tokens // num_seqs),
-        group,
-        head_dim,
-        q_THD.element_size(),
-        shared_bytes_of(q_THD.device),
-    )
-    with on_device_of(q_THD):
-        varlen_attention_kernel[(num_tokens // tile.block_q + num_seqs, num_kv_heads)](
-            q_THD,
-            k_TKD,
-            v_TKD,
-            out_THD,
-            lse_HT,
-            cu_seqlens_q.contiguous(),
-            cu_seqlens_k.contiguous(),
-            num_tokens,
-            num_seqs,
-            *q_THD.stride()[:2],
-            *k_TKD.stride()[:2],
-            *v_TKD.stride()[:2],
-            **window_arguments(window),
-            **score_arguments(scale, softcap),
-            **tile_arguments(tile, group, head_dim),
+    q_THD, scale = positive_scale(q_THD, scale)
+    if tile is None:
+        choose = choose_descriptor_tile if tensor_descriptors else choose_tile
+        tile = choose(
+            -(-num_tokens // num_seqs),
+            group,
+            head_dim,
+            q_THD.element_size(),
+            shared_bytes_of(q_THD.device),
         )
+    packed = group if tile.block_q < tile.block_m else 1
+    num_slots = num_heads // packed
+    grid = ((num_tokens // tile.block_q + num_seqs) * num_slots,)
+    arguments = (
+        q_THD,
+        k_TKD,
+        v_TKD,
+        out_THD,
+        lse_HT,
+        cu_seqlens_q.contiguous(),
+        cu_seqlens_k.contiguous(),
+        num_tokens,
+        num_seqs,
+        num_slots,
+        *q_THD.stride()[:2],
+        *k_TKD.stride()[:2],
+        *v_TKD.stride()[:2],
+    )
+    options = {
+        **window_arguments(window),
+        **score_arguments(scale, softcap),
+        **tile_arguments(tile, packed, head_dim),
+        "SLOTS_A_KEY_HEAD": group // packed,
+    }
+    with on_device_of(q_THD):
+        if tensor_descriptors:
+            launch_with_descriptors(grid, arguments, options, q_THD.device)
+        else:
+            varlen_attention_kernel[grid](*arguments, **options)
     return out_THD, lse_HT
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["num_tokens", "num_seqs", "num_slots", "window_left", "window_right"]
+)
 def varlen_attention_kernel(
     q_ptr,
     k_ptr,
@@ -231,6 +267,7 @@ def varlen_attention_kernel(
     cu_seqlens_k_ptr,
     num_tokens,
     num_seqs,
+    num_slots,
     q_stride_t,
     q_stride_h,
     k_stride_t,
@@ -244,20 +281,25 @@ def varlen_attention_kernel(
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    SLOTS_A_KEY_HEAD: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    MASK_ALL: tl.constexpr,
 ):
-    """One program: BLOCK_Q queries of one sequence, all heads of one group, all their keys."""
-    block = tl.program_id(0)
-    kv_head = tl.program_id(1)
-    seq = find_sequence(cu_seqlens_q_ptr, block, num_seqs, BLOCK_Q)
-    q_start = tl.load(cu_seqlens_q_ptr + seq)
-    num_queries = tl.load(cu_seqlens_q_ptr + seq + 1) - q_start
-    first_query = (block - (q_start // BLOCK_Q + seq)) * BLOCK_Q
+    """One program: BLOCK_Q queries of one sequence, GROUP heads that share keys, all their keys.
+
+    A slot is such a set of heads: all that share a key/value head, or, not packed, a single one.
+    Programs that start together have the same queries and other slots.
+    """
+    slot = tl.program_id(0) % num_slots
+    kv_head = slot // SLOTS_A_KEY_HEAD
+    seq, q_start, num_queries, first_query = find_queries(
+        cu_seqlens_q_ptr, tl.program_id(0) // num_slots, num_seqs, HAS_RIGHT, BLOCK_Q
+    )
     if first_query >= num_queries:
         return
     k_start = tl.load(cu_seqlens_k_ptr + seq)
@@ -265,7 +307,7 @@ def varlen_attention_kernel(
 
     row_M = tl.arange(0, BLOCK_M)
     query_M = first_query + row_M // GROUP
-    head_M = kv_head * GROUP + row_M % GROUP
+    head_M = slot * GROUP + row_M % GROUP
     dim_D = tl.arange(0, BLOCK_D)
     # Row numbers times strides pass 2**31 in long batches, so they are taken in 64 bits.
     token_M = (q_start + query_M).to(tl.int64)
@@ -280,38 +322,79 @@ def varlen_attention_kernel(
     low, high = key_range(
         first, last, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT, BLOCK_N
     )
+    whole_low, whole_high = whole_tiles(
+        first,
+        last,
+        low,
+        high,
+        num_keys,
+        window_left,
+        window_right,
+        HAS_LEFT,
+        HAS_RIGHT,
+        BLOCK_N,
+        MASK_ALL,
+    )
+    before, num_edge_tiles = count_edge_tiles(low, high, whole_low, whole_high, BLOCK_N)
+
+    # Offsets within a tile are hoisted, and fit 32 bits (MAX_TOKEN_STRIDE); the tile's first row
+    # moves, in 64.
+    tile_N = tl.arange(0, BLOCK_N)
+    k_ptr += k_start.to(tl.int64) * k_stride_t + kv_head.to(tl.int64) * k_stride_h
+    v_ptr += k_start.to(tl.int64) * v_stride_t + kv_head.to(tl.int64) * v_stride_h
+    k_offset_ND = (tile_N * k_stride_t)[:, None] + dim_D[None, :]
+    v_offset_ND = (tile_N * v_stride_t)[:, None] + dim_D[None, :]
 
     acc_MD = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     max_M = tl.full([BLOCK_M], float("-inf"), tl.float32)
     sum_M = tl.zeros([BLOCK_M], tl.float32)
-    for start in range(low, high, BLOCK_N):
-        key_N = start + tl.arange(0, BLOCK_N)
-        token_N = (k_start + key_N).to(tl.int64)
-        in_sequence_ND = (key_N < num_keys)[:, None] & (dim_D < HEAD_DIM)[None, :]
-        in_sequence_DN = (key_N < num_keys)[None, :] & (dim_D < HEAD_DIM)[:, None]
-        k_offset_DN = (token_N * k_stride_t + kv_head * k_stride_h)[None, :] + dim_D[:, None]
-        v_offset_ND = (token_N * v_stride_t + kv_head * v_stride_h)[:, None] + dim_D[None, :]
-        k_DN = tl.load(k_ptr + k_offset_DN, mask=in_sequence_DN, other=0.0)
-        v_ND = tl.load(v_ptr + v_offset_ND, mask=in_sequence_ND, other=0.0)
+    if not MASK_ALL:
+        for start in range(whole_low, whole_high, BLOCK_N):
+            row = tl.cast(start, tl.int64)
+            key_N = start + tile_N
+            k_ND = load_keys(
+                k_ptr + row * k_stride_t + k_offset_ND,
+                key_N,
+                num_keys,
+                dim_D,
+                HEAD_DIM,
+                BLOCK_D,
+                False,
+            )
+            v_ND = load_keys(
+                v_ptr + row * v_stride_t + v_offset_ND,
+                key_N,
+                num_keys,
+                dim_D,
+                HEAD_DIM,
+                BLOCK_D,
+                False,
+            )
+            acc_MD, max_M, sum_M = softmax_step(
+                acc_MD, max_M, sum_M, q_MD, k_ND, v_ND, None,
+                score_scale, cap_scale, HAS_SOFTCAP, False,
+            )  # fmt: skip
+    for index in range(num_edge_tiles):
+        start = edge_tile(index, before, low, whole_high, BLOCK_N)
+        row = tl.cast(start, tl.int64)
+        key_N = start + tile_N
+        k_ND = load_keys(
+            k_ptr + row * k_stride_t + k_offset_ND, key_N, num_keys, dim_D, HEAD_DIM, BLOCK_D, True
+        )
+        v_ND = load_keys(
+            v_ptr + row * v_stride_t + v_offset_ND, key_N, num_keys, dim_D, HEAD_DIM, BLOCK_D, True
+        )
         visible_MN = visible_keys(
             position_M, key_N, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT
         )
         acc_MD, max_M, sum_M = softmax_step(
-            acc_MD,
-            max_M,
-            sum_M,
-            q_MD,
-            k_DN,
-            v_ND,
-            visible_MN,
-            score_scale,
-            cap_scale,
-            HAS_SOFTCAP,
-        )
+            acc_MD, max_M, sum_M, q_MD, k_ND, v_ND, visible_MN,
+            score_scale, cap_scale, HAS_SOFTCAP, True,
+        )  # fmt: skip
 
-    out_MD, lse_M = softmax_finish(acc_MD, max_M, sum_M)
-    num_heads = tl.num_programs(1) * GROUP
-    out_offset_MD = ((token_M * num_heads + head_M) * HEAD_DIM)[:, None] + dim_D[None, :]
+    out_MD, lse_M = softmax_finish(acc_MD, max_M, sum_M, score_scale, HAS_SOFTCAP)
+    out_row_M = token_M * (num_slots * GROUP) + head_M
+    out_offset_MD = (out_row_M * HEAD_DIM)[:, None] + dim_D[None, :]
     tl.store(out_ptr + out_offset_MD, out_MD.to(out_ptr.dtype.element_ty), mask=in_tile_MD)
     lse_offset_M = head_M.to(tl.int64) * num_tokens + token_M
     # 0.693... = ln 2: from base 2 to the natural log that callers expect.

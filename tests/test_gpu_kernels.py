@@ -20,8 +20,11 @@ pytest.importorskip("triton")
 from minigen.kernels import kv_cache_write, paged_attention, varlen_attention
 from minigen.kernels.checks import resolve_window
 from minigen.kernels.kv_cache_write import kv_cache_write_triton
-from minigen.kernels.paged_attention import paged_attention_triton
-from minigen.kernels.varlen_attention import varlen_attention_triton
+from minigen.kernels.paged_attention import choose_num_splits, paged_attention_triton
+from minigen.kernels.tiles import Tile, find_queries, power_of_two
+from minigen.kernels.triton_import import tl, triton
+from minigen.kernels.varlen_attention import MAX_TOKEN_STRIDE, varlen_attention_triton
+from minigen.kernels.varlen_attention_tma import fits_tensor_descriptors
 from tests.attention_cases import (
     Case,
     assert_within,
@@ -31,6 +34,7 @@ from tests.attention_cases import (
     make_qkv,
     reference,
 )
+from tools import bench_attention
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -43,6 +47,7 @@ DTYPES = (
         torch.float32,
     )
 )
+HALF_DTYPES = tuple(dtype for dtype in DTYPES if dtype.itemsize == 2)
 MAX_LEN = 70 if INTERPRETED else 700
 
 pytestmark = [
@@ -51,6 +56,17 @@ pytestmark = [
         not INTERPRETED and not torch.cuda.is_available(), reason="needs a CUDA GPU"
     ),
 ]
+
+
+def has_descriptors() -> bool:
+    return INTERPRETED or (
+        torch.cuda.is_available() and torch.cuda.get_device_capability()[0] in (9, 10)
+    )
+
+
+needs_descriptors = pytest.mark.skipif(
+    not has_descriptors(), reason="needs a GPU with tensor descriptors (sm_90, sm_100)"
+)
 
 
 def options(case: Case) -> dict[str, Any]:
@@ -62,7 +78,10 @@ def options(case: Case) -> dict[str, Any]:
 
 
 def run_paged(
-    case: Case, qkv: tuple[Tensor, Tensor, Tensor], num_splits: int | None = None
+    case: Case,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    num_splits: int | None = None,
+    tile: Tile | None = None,
 ) -> Tensor:
     paged = make_paged(case, DEVICE)
     kv_cache_write_triton(*qkv[1:], paged.k_cache_NBKD, paged.v_cache_NBKD, paged.slots_T)
@@ -74,7 +93,51 @@ def run_paged(
         paged.kv_lens_S,
         paged.block_table_SW,
         num_splits=num_splits,
+        tile=tile,
         **options(case),
+    )
+
+
+def run_varlen(
+    case: Case,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    tile: Tile | None = None,
+    tensor_descriptors: bool = False,
+) -> tuple[Tensor, Tensor]:
+    return varlen_attention_triton(
+        *qkv,
+        cu_seqlens(case.q_lens, DEVICE),
+        cu_seqlens(case.kv_lens, DEVICE),
+        tile=tile,
+        tensor_descriptors=tensor_descriptors,
+        **options(case),
+    )
+
+
+def fewer(case: Case) -> Case:
+    """One key/value head and two sequences where the interpreter runs every program in Python."""
+    if not INTERPRETED:
+        return case
+    group = case.num_heads // case.num_kv_heads
+    lengths = {"q_lens": case.q_lens[:2], "kv_lens": case.kv_lens[:2]}
+    return dataclasses.replace(case, num_heads=group, num_kv_heads=1, **lengths)
+
+
+@st.composite
+def small_tiles(draw: st.DrawFn, case: Case, packed: bool | None = None) -> Tile:
+    """Tiles of few keys, so that short sequences have whole tiles and edges on every side."""
+    group = case.num_heads // case.num_kv_heads
+    if packed is None:
+        packed = draw(st.booleans())
+    block_m = draw(st.sampled_from([16, 32]))
+    return Tile(
+        block_m,
+        block_m // group if packed else block_m,
+        draw(st.sampled_from([16, 32])),
+        max(16, power_of_two(case.head_dim)),
+        num_warps=4,
+        num_stages=draw(st.sampled_from([1, 3])),
+        mask_all=draw(st.booleans()),
     )
 
 
@@ -103,6 +166,174 @@ def test_decode_equals_definition(case: Case, num_splits: int | None) -> None:
     qkv = make_qkv(case, DEVICE)
     expected = reference(case, *qkv)
     assert_within(run_paged(case, qkv, num_splits), expected.out_THD, expected.out_error_THD)
+
+
+@given(st.data(), cases(DTYPES, MAX_LEN).map(fewer))
+def test_varlen_with_any_tile_equals_definition(data: st.DataObject, case: Case) -> None:
+    """Whole tiles and edges in their own loops or in one, heads packed into a tile or not."""
+    qkv = make_qkv(case, DEVICE)
+    expected = reference(case, *qkv)
+    out_THD, lse_HT = run_varlen(case, qkv, data.draw(small_tiles(case)), tensor_descriptors=False)
+    assert_within(out_THD, expected.out_THD, expected.out_error_THD)
+    assert_within(lse_HT, expected.lse_HT, expected.lse_error_HT)
+
+
+@needs_descriptors
+@given(st.data(), cases(HALF_DTYPES, MAX_LEN).map(fewer))
+def test_varlen_with_descriptors_equals_definition(data: st.DataObject, case: Case) -> None:
+    qkv = make_qkv(case, DEVICE)
+    assert fits_tensor_descriptors(*qkv)
+    expected = reference(case, *qkv)
+    out_THD, lse_HT = run_varlen(case, qkv, data.draw(small_tiles(case)), tensor_descriptors=True)
+    assert_within(out_THD, expected.out_THD, expected.out_error_THD)
+    assert_within(lse_HT, expected.lse_HT, expected.lse_error_HT)
+
+
+@needs_descriptors
+@given(cases(HALF_DTYPES, MAX_LEN).map(fewer), st.sampled_from([32, 64]))
+def test_varlen_with_specialised_warps_equals_definition(case: Case, block_n: int) -> None:
+    """The tile that `launch_with_descriptors` specialises; head dims whose tiles fit."""
+    case = dataclasses.replace(case, head_dim=min(case.head_dim, 128))
+    qkv = make_qkv(case, DEVICE)
+    expected = reference(case, *qkv)
+    block_d = max(16, power_of_two(case.head_dim))
+    out_THD, lse_HT = run_varlen(case, qkv, Tile(128, 128, block_n, block_d, 4, 2), True)
+    assert_within(out_THD, expected.out_THD, expected.out_error_THD)
+    assert_within(lse_HT, expected.lse_HT, expected.lse_error_HT)
+
+
+@given(
+    st.data(),
+    cases(DTYPES, 50 if INTERPRETED else MAX_LEN).map(fewer),
+    st.sampled_from([1, 8, 16, 24, 32, 64]),
+    st.sampled_from([None, 1, 2, 3, 7] if not INTERPRETED else [1, 3]),
+)
+def test_paged_with_any_tile_equals_definition(
+    data: st.DataObject, case: Case, block_size: int, num_splits: int | None
+) -> None:
+    """Cache blocks that divide a tile, that a tile divides, and neither."""
+    case = dataclasses.replace(case, block_size=block_size)
+    qkv = make_qkv(case, DEVICE)
+    expected = reference(case, *qkv)
+    out_THD = run_paged(case, qkv, num_splits, data.draw(small_tiles(case, packed=True)))
+    assert_within(out_THD, expected.out_THD, expected.out_error_THD)
+
+
+@pytest.mark.parametrize("num_splits", [1, 3])
+@pytest.mark.parametrize(("block_size", "block_n"), [(4, 32), (24, 16), (64, 16)])
+def test_whole_tiles_between_two_edges(num_splits: int, block_size: int, block_n: int) -> None:
+    """A window so wide that whole tiles lie within it, and so narrow that keys lie before it."""
+    case = dataclasses.replace(
+        LEAK_CASE,
+        q_lens=(1, 20),
+        kv_lens=(150, 131),
+        num_heads=2,
+        num_kv_heads=1,
+        window_size=(100, 0),
+        causal=True,
+        block_size=block_size,
+    )
+    qkv = make_qkv(case, DEVICE)
+    expected = reference(case, *qkv)
+    tile = Tile(16, 8, block_n, 64, num_warps=4, num_stages=3)
+    out_THD = run_paged(case, qkv, num_splits, tile)
+    assert_within(out_THD, expected.out_THD, expected.out_error_THD)
+    assert_within(run_varlen(case, qkv, tile)[0], expected.out_THD, expected.out_error_THD)
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+def test_a_scale_need_not_be_positive(scale: float, softcap: float) -> None:
+    """The kernels take a maximum before the scale, which a negative one would turn round."""
+    case = dataclasses.replace(LEAK_CASE, scale=scale, softcap=softcap, causal=True)
+    qkv = make_qkv(case, DEVICE)
+    expected = reference(dataclasses.replace(case, scale=abs(scale)), -qkv[0], *qkv[1:])
+    if scale == 0:
+        expected = reference(dataclasses.replace(case, scale=1.0), qkv[0] * 0, *qkv[1:])
+    out_THD, lse_HT = run_varlen(case, qkv)
+    assert_within(out_THD, expected.out_THD, expected.out_error_THD)
+    assert_within(lse_HT, expected.lse_HT, expected.lse_error_HT)
+    assert_within(run_paged(case, qkv), expected.out_THD, expected.out_error_THD)
+
+
+@triton.jit(do_not_specialize=["num_seqs"])
+def blocks_kernel(
+    cu_seqlens_ptr, seq_ptr, query_ptr, num_seqs, LATEST_FIRST: tl.constexpr, BLOCK_Q: tl.constexpr
+):
+    block = tl.program_id(0)
+    seq, _, num_queries, first_query = find_queries(
+        cu_seqlens_ptr, block, num_seqs, LATEST_FIRST, BLOCK_Q
+    )
+    tl.store(seq_ptr + block, seq)
+    tl.store(query_ptr + block, tl.where(first_query < num_queries, first_query, -1))
+
+
+@pytest.mark.parametrize("latest_first", [False, True])
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=9))
+def test_blocks_cover_every_sequence_in_their_order(latest_first: bool, lengths: list[int]) -> None:
+    # Five blocks too many, as where a captured batch has rows behind its last sequence; what
+    # lies behind the offsets is no sequence.
+    num_blocks = sum(lengths) // 8 + len(lengths) + 5
+    seqs, queries = torch.zeros(2, num_blocks, dtype=torch.int32, device=DEVICE)
+    offsets = cu_seqlens((*lengths, 1000), DEVICE)
+    blocks_kernel[(num_blocks,)](
+        offsets, seqs, queries, len(lengths), LATEST_FIRST=latest_first, BLOCK_Q=8
+    )
+    found = [(s, q) for s, q in zip(seqs.tolist(), queries.tolist(), strict=True) if q != -1]
+    expected = []
+    for seq, length in enumerate(lengths):
+        firsts = list(range(0, length, 8))
+        expected += [(seq, first) for first in (firsts[::-1] if latest_first else firsts)]
+    assert found == expected
+
+
+@given(st.integers(1, 5000), st.integers(0, 3000), st.integers(1, 600))
+def test_splits_are_within_bounds(num_programs: int, num_tiles: int, num_slots: int) -> None:
+    splits = choose_num_splits(num_programs, num_tiles, num_slots)
+    assert 1 <= splits <= max(1, min(num_tiles, 64))
+    if num_programs >= num_slots * 16:
+        assert splits == 1  # so many waves that the last, half empty, costs little
+
+
+def test_splits_fill_the_gpu_where_there_are_few_sequences() -> None:
+    """8 key/value heads, tiles of 64 keys, two programs on each of 132 multiprocessors."""
+    chosen = {
+        (batch, context): choose_num_splits(batch * 8, context // 64, 264)
+        for batch, context in [(1, 4096), (1, 32768), (8, 8192), (32, 1024), (256, 4096)]
+    }
+    assert chosen[1, 4096] in range(16, 34)
+    assert chosen[1, 32768] in range(24, 34)
+    assert chosen[8, 8192] in (4, 8)
+    assert chosen[32, 1024] == chosen[256, 4096] == 1
+
+
+def test_a_token_stride_beyond_32_bit_offsets_is_copied() -> None:
+    case = dataclasses.replace(LEAK_CASE, q_lens=(2, 1), kv_lens=(2, 1))
+    q_THD, k_TKD, v_TKD = make_qkv(case, DEVICE)
+    try:
+        wide = torch.empty(3, MAX_TOKEN_STRIDE + 8, dtype=case.dtype, device=DEVICE)
+    except RuntimeError:
+        pytest.skip("this machine has no 50 MB to spare")
+    wide_k = wide[:, :80].view(3, 2, 40).copy_(k_TKD)
+    assert wide_k.stride(0) > MAX_TOKEN_STRIDE
+    expected_THD, _ = run_varlen(case, (q_THD, k_TKD, v_TKD))
+    assert torch.equal(run_varlen(case, (q_THD, wide_k, v_TKD))[0], expected_THD)
+
+
+@pytest.mark.parametrize("section", ["varlen", "decode"])
+def test_the_benchmark_tells_right_from_wrong(
+    section: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = bench_attention.Kind(DEVICE, torch.float16)
+    heads = bench_attention.Heads(2, 1, 64)
+    candidate = bench_attention.CANDIDATES[section](heads)[0]
+    bench_attention.check_candidate(section, heads, candidate, kind)
+
+    name = "run_varlen" if section == "varlen" else "run_paged"
+    right = getattr(bench_attention, name)
+    monkeypatch.setattr(bench_attention, name, lambda *args: right(*args) * 1.01)
+    with pytest.raises(ValueError, match=r"wrong by .* beyond rounding"):
+        bench_attention.check_candidate(section, heads, candidate, kind)
 
 
 @given(cases(DTYPES, 40))
@@ -135,24 +366,35 @@ LEAK_CASE = Case(
 )
 
 
-def first_rows(lengths: tuple[int, ...], qkv: Sequence[Tensor]) -> Tensor:
+def first_rows(
+    lengths: tuple[int, ...], qkv: Sequence[Tensor], descriptors: bool = False
+) -> Tensor:
     q_THD, k_TKD, v_TKD = qkv
     offsets = cu_seqlens(lengths, DEVICE)
     out_THD, _ = varlen_attention_triton(
-        q_THD, k_TKD, v_TKD, offsets, offsets, **options(LEAK_CASE)
+        q_THD, k_TKD, v_TKD, offsets, offsets, tensor_descriptors=descriptors, **options(LEAK_CASE)
     )
     return out_THD[:7]
 
 
-def test_neighbours_cannot_leak_and_a_leak_would_be_noticed() -> None:
+by_descriptors = pytest.mark.parametrize(
+    "descriptors", [False, pytest.param(True, marks=needs_descriptors)]
+)
+
+
+@by_descriptors
+def test_neighbours_cannot_leak_and_a_leak_would_be_noticed(descriptors: bool) -> None:
     mine = make_qkv(LEAK_CASE, DEVICE)
     others = make_qkv(dataclasses.replace(LEAK_CASE, seed=1), DEVICE)
     disturbed = tuple(torch.cat([a[:7], b[7:]]) for a, b in zip(mine, others, strict=True))
     poisoned = tuple(torch.cat([a[:7], torch.full_like(a[7:], torch.nan)]) for a in mine)
     right, wrong = (7, 30, 3), (8, 29, 3)
-    assert torch.equal(first_rows(right, mine), first_rows(right, disturbed))
-    assert torch.equal(first_rows(right, mine), first_rows(right, poisoned))
-    assert not torch.equal(first_rows(wrong, mine), first_rows(wrong, disturbed))
+    rows = first_rows(right, mine, descriptors)
+    assert torch.equal(rows, first_rows(right, disturbed, descriptors))
+    assert torch.equal(rows, first_rows(right, poisoned, descriptors))
+    assert not torch.equal(
+        first_rows(wrong, mine, descriptors), first_rows(wrong, disturbed, descriptors)
+    )
 
 
 @pytest.mark.parametrize("num_splits", [1, 4])
@@ -171,13 +413,17 @@ def test_empty_batches() -> None:
     assert varlen_attention_triton(*qkv, *lengths, **options(case))[1].shape == (6, 0)
 
 
-def test_strided_inputs_equal_contiguous_ones() -> None:
+@by_descriptors
+def test_strided_inputs_equal_contiguous_ones(descriptors: bool) -> None:
     qkv = make_qkv(LEAK_CASE, DEVICE)
     fused = torch.cat([x.flatten(1) for x in qkv], 1)
     slices = fused.split([6 * 40, 2 * 40, 2 * 40], 1)
     q, k, v = (x.unflatten(1, (-1, 40)) for x in slices)
     strided = (q, k, v)
-    assert torch.equal(first_rows(LEAK_CASE.q_lens, strided), first_rows(LEAK_CASE.q_lens, qkv))
+    assert torch.equal(
+        first_rows(LEAK_CASE.q_lens, strided, descriptors),
+        first_rows(LEAK_CASE.q_lens, qkv, descriptors),
+    )
     assert torch.equal(run_paged(LEAK_CASE, strided), run_paged(LEAK_CASE, qkv))
 
 

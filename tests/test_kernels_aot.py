@@ -11,7 +11,6 @@ import torch
 pytest.importorskip("triton")
 
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, compile
 
 from minigen.kernels.checks import Window
 from minigen.kernels.kv_cache_write import kv_cache_write_kernel
@@ -24,6 +23,11 @@ from minigen.kernels.tiles import (
     window_arguments,
 )
 from minigen.kernels.varlen_attention import varlen_attention_kernel
+from minigen.kernels.varlen_attention_tma import (
+    choose_descriptor_tile,
+    varlen_attention_tma_kernel,
+)
+from tools.compile_ahead import Compiled, compile_ahead
 
 KIB = 1024
 # Target, and the shared memory it grants one program.
@@ -51,41 +55,15 @@ by_shape = pytest.mark.parametrize(
 )
 
 
-def compile_ahead(kernel: Any, target_name: str, constants: dict[str, Any], floats: str) -> None:
-    """Compiles with every argument that is no constant as pointer, number or float by its name."""
+def check(
+    kernel: Any, target_name: str, constants: dict[str, Any], floats: str, aligned: bool = False
+) -> Compiled:
+    """`aligned`: strides are multiples of 16, as they are unless a head dim is odd."""
     target, shared_bytes = TARGETS[target_name]
-    options = {
-        name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants
-    }
-    constants = {name: constants[name] for name in kernel.arg_names if name in constants}
-
-    def type_of(name: str) -> str:
-        if name in constants:
-            return "constexpr"
-        if name in ("slots_ptr",):
-            return "*i64"
-        if name.startswith(("cu_seqlens", "kv_lens", "block_table")):
-            return "*i32"
-        if name in ("lse_ptr", "part_ptr"):
-            return "*fp32"
-        if name.endswith("_ptr"):
-            return f"*{floats}"
-        return "fp32" if name in ("score_scale", "cap_scale") else "i32"
-
-    source = ASTSource(
-        fn=kernel,
-        signature={name: type_of(name) for name in kernel.arg_names},
-        constexprs=constants,
-        # As at a launch: pointers from torch are aligned to 16 bytes.
-        attrs={
-            (index,): [["tt.divisibility", 16]]
-            for index, name in enumerate(kernel.arg_names)
-            if name.endswith("_ptr")
-        },
-    )
-    compiled = compile(source, target=target, options=options)
-    assert compiled.asm["cubin" if target.backend == "cuda" else "hsaco"]
-    assert compiled.metadata.shared <= shared_bytes
+    strides = [name for name in kernel.arg_names if aligned and name.endswith(("_t", "_h"))]
+    compiled = compile_ahead(kernel, constants, floats, target, strides)
+    assert compiled.shared_bytes <= shared_bytes
+    return compiled
 
 
 def constants_for(
@@ -100,14 +78,73 @@ def constants_for(
     return {name: value for name, value in everything.items() if name not in runtime}
 
 
+def varlen_constants(tile: Tile, group: int, head_dim: int, softcap: float = 0.0) -> dict[str, Any]:
+    packed = group if tile.block_q < tile.block_m else 1
+    constants = constants_for(tile, packed, head_dim, Window(None, 0), softcap)
+    return constants | {"SLOTS_A_KEY_HEAD": group // packed}
+
+
 @by_target
 @by_shape
 def test_varlen_attention(
     target_name: str, head_dim: int, dtype: torch.dtype, group: int, queries: int
 ) -> None:
     tile = choose_tile(queries, group, head_dim, dtype.itemsize, TARGETS[target_name][1])
-    constants = constants_for(tile, group, head_dim, Window(None, 0), 0.0)
-    compile_ahead(varlen_attention_kernel, target_name, constants, TRITON_TYPES[dtype])
+    constants = varlen_constants(tile, group, head_dim)
+    check(varlen_attention_kernel, target_name, constants, TRITON_TYPES[dtype])
+
+
+@pytest.mark.parametrize(
+    ("target_name", "head_dim", "group", "softcap"),
+    [
+        ("sm_90", 64, 4, 0.0),
+        ("sm_90", 80, 3, 0.0),
+        ("sm_90", 128, 4, 0.0),
+        ("sm_90", 256, 2, 30.0),
+        ("sm_100", 128, 4, 0.0),
+    ],
+)
+def test_varlen_attention_with_descriptors(
+    target_name: str, head_dim: int, group: int, softcap: float
+) -> None:
+    tile = choose_descriptor_tile(1000, group, head_dim, 2, TARGETS[target_name][1])
+    constants = varlen_constants(tile, group, head_dim, softcap) | {"WARP_SPECIALIZE": False}
+    compiled = check(varlen_attention_tma_kernel, target_name, constants, "bf16", True)
+    assert "async_tma_copy_global_to_local" in compiled.ttgir
+    if target_name == "sm_90" and softcap == 0:
+        assert compiled.stack_bytes == 0
+
+
+@pytest.mark.parametrize(("head_dim", "block_n"), [(64, 128), (96, 64), (128, 128)])
+def test_warps_are_specialised_on_hopper(head_dim: int, block_n: int) -> None:
+    """Triton drops what it cannot specialise without a word: a `while` in the kernel is enough."""
+    tile = Tile(128, 128, block_n, max(64, 1 << (head_dim - 1).bit_length()), 4, 2)
+    constants = varlen_constants(tile, 4, head_dim) | {"WARP_SPECIALIZE": True}
+    compiled = check(varlen_attention_tma_kernel, "sm_90", constants, "bf16", True)
+    assert compiled.warp_specialized
+    assert compiled.num_warps == 12  # two groups that multiply, one that loads
+    assert compiled.stack_bytes == 0
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_no_tile_spills_on_hopper(group: int) -> None:
+    """What a model with heads of 128 runs, prefill and decode."""
+    # ptxas keeps one value on the stack in a decode tile of 96 or 128 registers.
+    few_bytes = 8
+    for queries in (1, 1000):
+        shared_bytes = TARGETS["sm_90"][1]
+        tile = choose_tile(queries, group, 128, 2, shared_bytes)
+        compiled = check(
+            varlen_attention_kernel, "sm_90", varlen_constants(tile, group, 128), "bf16", True
+        )
+        assert (compiled.stack_bytes or 0) <= few_bytes
+        tile = choose_tile(queries, group, 128, 2, shared_bytes, paged=True)
+        constants = constants_for(tile, group, 128, Window(None, 0), 0.0)
+        constants |= {"CACHE_BLOCK": 16, "IS_SPLIT": queries == 1, "NUM_KV_HEADS": 8}
+        compiled = check(paged_attention_kernel, "sm_90", constants, "bf16", True)
+        assert (compiled.stack_bytes or 0) <= few_bytes
+        # Two tiles of keys in flight at least: with one, loads wait for the arithmetic.
+        assert compiled.shared_bytes >= 2 * 2 * tile.block_n * 128 * 2
 
 
 @by_target
@@ -115,29 +152,30 @@ def test_varlen_attention(
 def test_paged_attention(
     target_name: str, head_dim: int, dtype: torch.dtype, group: int, queries: int
 ) -> None:
-    tile = choose_tile(queries, group, head_dim, dtype.itemsize, TARGETS[target_name][1])
+    shared_bytes = TARGETS[target_name][1]
+    tile = choose_tile(queries, group, head_dim, dtype.itemsize, shared_bytes, paged=True)
     constants = constants_for(tile, group, head_dim, Window(100, 0), 0.0)
-    constants |= {"CACHE_BLOCK": 16, "IS_SPLIT": queries == 1}
-    compile_ahead(paged_attention_kernel, target_name, constants, TRITON_TYPES[dtype])
+    constants |= {"CACHE_BLOCK": 16, "IS_SPLIT": queries == 1, "NUM_KV_HEADS": 8}
+    check(paged_attention_kernel, target_name, constants, TRITON_TYPES[dtype])
 
 
 @by_target
 def test_paged_attention_with_softcap(target_name: str) -> None:
-    tile = choose_tile(200, 2, 256, 2, TARGETS[target_name][1])
+    tile = choose_tile(200, 2, 256, 2, TARGETS[target_name][1], paged=True)
     constants = constants_for(tile, 2, 256, Window(4095, 0), 50.0)
-    constants |= {"CACHE_BLOCK": 16, "IS_SPLIT": False}
-    compile_ahead(paged_attention_kernel, target_name, constants, "bf16")
+    constants |= {"CACHE_BLOCK": 16, "IS_SPLIT": False, "NUM_KV_HEADS": 8}
+    check(paged_attention_kernel, target_name, constants, "bf16")
 
 
 @by_target
 def test_merge_and_cache_write(target_name: str) -> None:
-    compile_ahead(
+    check(
         merge_splits_kernel,
         target_name,
-        {"NUM_SPLITS": 64, "HEAD_DIM": 80, "BLOCK_D": 128},
+        {"BLOCK_P": 64, "HEAD_DIM": 80, "BLOCK_D": 128},
         "bf16",
     )
-    compile_ahead(
+    check(
         kv_cache_write_kernel,
         target_name,
         {"NUM_KV_HEADS": 3, "HEAD_DIM": 80, "BLOCK": 256},

@@ -1,0 +1,230 @@
+"""The forward of `varlen_attention` by tensor descriptors: Hopper's bulk copies, and newer ones.
+
+The copy engine brings a tile of keys to shared memory from one instruction, zero-filled behind the
+sequence, so that no thread computes addresses or masks loads. `varlen_attention.py` holds the
+kernel that runs everywhere, with the same arguments, and chooses.
+
+Shapes: T packed tokens, S sequences, H query heads, K key/value heads, G = H / K query heads that
+share a key/value head, D head dim; M rows of a tile, N keys of a tile.
+"""
+
+# Triton annotates a descriptor's shape and strides as tensors, and takes numbers.
+# pyright: reportArgumentType=false
+
+import contextvars
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minigen.kernels.tiles import (
+    Tile,
+    count_edge_tiles,
+    edge_tile,
+    find_queries,
+    key_range,
+    power_of_two,
+    softmax_finish,
+    softmax_step,
+    visible_keys,
+    whole_tiles,
+)
+from minigen.kernels.triton_import import tl, triton
+
+
+def fits_tensor_descriptors(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> bool:
+    """Bulk copies want rows of 16 bytes and more that start at multiples of 16 bytes."""
+    itemsize = q_THD.element_size()
+    return itemsize == 2 and all(
+        x.data_ptr() % 16 == 0
+        and x.shape[2] * itemsize % 16 == 0
+        and x.stride(0) > 0  # an expanded tensor's is 0
+        and x.stride(0) * itemsize % 16 == 0
+        and x.stride(1) * itemsize % 16 == 0
+        for x in (q_THD, k_TKD, v_TKD)
+    )
+
+
+def choose_descriptor_tile(
+    queries: int, group: int, head_dim: int, itemsize: int, shared_bytes: int
+) -> Tile:
+    """Tile without specialised warps, which need a timing first (`tools/bench_attention.py`).
+
+    By registers of the compiled kernel (sm_90): at head dim 128, 128 keys are the most that do not
+    spill (236 registers); at 64, with 64 keys (111), two programs share a multiprocessor.
+    """
+    block_d = max(16, power_of_two(head_dim))
+    block_m = 128
+    block_n = 128 if block_d == 128 else 64
+    row_bytes = block_d * itemsize
+    num_stages = max((shared_bytes - block_m * row_bytes - 4096) // (2 * block_n * row_bytes), 1)
+    packed_q = block_m // group if group <= block_m else block_m
+    return Tile(block_m, packed_q, block_n, block_d, 8, min(num_stages, 3 if block_d <= 64 else 2))
+
+
+def launch_with_descriptors(
+    grid: Any, arguments: Any, options: dict[str, Any], device: torch.device
+) -> None:
+    """Launches with memory for the descriptors, which the programs write themselves.
+
+    Triton asks the context's allocator for it. It is set in a copy of the context, so that a
+    caller's own allocator stays in place. Four warps and tiles of unpacked heads of at least 128
+    queries (two groups of four warps, 64 rows each) are specialised: one more group of warps then
+    only starts copies.
+    """
+    specialize = options["num_warps"] == 4 and options["BLOCK_Q"] == options["BLOCK_M"] >= 128
+
+    def allocate(size: int, alignment: int, stream: int | None) -> Tensor:
+        return torch.empty(size, dtype=torch.int8, device=device)
+
+    def launch() -> None:
+        triton.set_allocator(allocate)
+        varlen_attention_tma_kernel[grid](*arguments, **options, WARP_SPECIALIZE=specialize)
+
+    contextvars.copy_context().run(launch)
+
+
+@triton.jit(
+    do_not_specialize=["num_tokens", "num_seqs", "num_slots", "window_left", "window_right"]
+)
+def varlen_attention_tma_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,
+    cu_seqlens_q_ptr,
+    cu_seqlens_k_ptr,
+    num_tokens,
+    num_seqs,
+    num_slots,
+    q_stride_t,
+    q_stride_h,
+    k_stride_t,
+    k_stride_h,
+    v_stride_t,
+    v_stride_h,
+    window_left,
+    window_right,
+    score_scale,
+    cap_scale,
+    HAS_LEFT: tl.constexpr,
+    HAS_RIGHT: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    SLOTS_A_KEY_HEAD: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MASK_ALL: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
+):
+    """One program: BLOCK_Q queries of one sequence, GROUP heads that share keys, all their keys.
+
+    As `varlen_attention_kernel`. With WARP_SPECIALIZE it keeps to what Triton 3.6 and 3.7
+    specialise (as their TTGIR shows; else they leave it out, or fail): no early return, no `while`,
+    no `else`, one loop, and queries that come by a two-dimensional descriptor. So all tiles are
+    masked, and a surplus program runs no tile.
+    """
+    slot = tl.program_id(0) % num_slots
+    kv_head = slot // SLOTS_A_KEY_HEAD
+    seq, q_start, num_queries, first_query = find_queries(
+        cu_seqlens_q_ptr, tl.program_id(0) // num_slots, num_seqs, HAS_RIGHT, BLOCK_Q
+    )
+    k_start = tl.load(cu_seqlens_k_ptr + seq)
+    num_keys = tl.load(cu_seqlens_k_ptr + seq + 1) - k_start
+    # A descriptor ends with its sequence: what is loaded from behind it is zeros. One row at least,
+    # because a descriptor of none is not allowed; nothing is loaded from it.
+    k_desc = tl.make_tensor_descriptor(
+        k_ptr + k_start.to(tl.int64) * k_stride_t + kv_head.to(tl.int64) * k_stride_h,
+        shape=[tl.maximum(num_keys, 1), HEAD_DIM],
+        strides=[k_stride_t, 1],
+        block_shape=[BLOCK_N, BLOCK_D],
+    )
+    v_desc = tl.make_tensor_descriptor(
+        v_ptr + k_start.to(tl.int64) * v_stride_t + kv_head.to(tl.int64) * v_stride_h,
+        shape=[tl.maximum(num_keys, 1), HEAD_DIM],
+        strides=[v_stride_t, 1],
+        block_shape=[BLOCK_N, BLOCK_D],
+    )
+
+    row_M = tl.arange(0, BLOCK_M)
+    query_M = first_query + row_M // GROUP
+    head_M = slot * GROUP + row_M % GROUP
+    dim_D = tl.arange(0, BLOCK_D)
+    token_M = (q_start + query_M).to(tl.int64)
+    in_tile_M = (row_M < BLOCK_Q * GROUP) & (query_M < num_queries)
+    in_tile_MD = in_tile_M[:, None] & (dim_D < HEAD_DIM)[None, :]
+    if GROUP == 1:
+        q_desc = tl.make_tensor_descriptor(
+            q_ptr + q_start.to(tl.int64) * q_stride_t + slot.to(tl.int64) * q_stride_h,
+            shape=[tl.maximum(num_queries, 1), HEAD_DIM],
+            strides=[q_stride_t, 1],
+            block_shape=[BLOCK_M, BLOCK_D],
+        )
+        q_MD = q_desc.load([first_query, 0])
+    else:
+        q_offset_MD = (token_M * q_stride_t + head_M * q_stride_h)[:, None] + dim_D[None, :]
+        q_MD = tl.load(q_ptr + q_offset_MD, mask=in_tile_MD, other=0.0)
+
+    position_M = query_M + (num_keys - num_queries)
+    first = first_query + (num_keys - num_queries)
+    last = tl.minimum(first + BLOCK_Q, num_keys) - 1
+    low, high = key_range(
+        first, last, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT, BLOCK_N
+    )
+    high = tl.where(first_query < num_queries, high, low)
+
+    acc_MD = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    max_M = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    sum_M = tl.zeros([BLOCK_M], tl.float32)
+    # Specialised warps allow a single loop.
+    whole_low, whole_high = whole_tiles(
+        first,
+        last,
+        low,
+        high,
+        num_keys,
+        window_left,
+        window_right,
+        HAS_LEFT,
+        HAS_RIGHT,
+        BLOCK_N,
+        MASK_ALL or WARP_SPECIALIZE,
+    )
+    before, num_edge_tiles = count_edge_tiles(low, high, whole_low, whole_high, BLOCK_N)
+    if not (MASK_ALL or WARP_SPECIALIZE):
+        for start in range(whole_low, whole_high, BLOCK_N):
+            k_ND = k_desc.load([start, 0])
+            v_ND = v_desc.load([start, 0])
+            acc_MD, max_M, sum_M = softmax_step(
+                acc_MD, max_M, sum_M, q_MD, k_ND, v_ND, None,
+                score_scale, cap_scale, HAS_SOFTCAP, False,
+            )  # fmt: skip
+    for index in tl.range(num_edge_tiles, warp_specialize=WARP_SPECIALIZE):
+        start = edge_tile(index, before, low, whole_high, BLOCK_N)
+        k_ND = k_desc.load([start, 0])
+        v_ND = v_desc.load([start, 0])
+        visible_MN = visible_keys(
+            position_M,
+            start + tl.arange(0, BLOCK_N),
+            num_keys,
+            window_left,
+            window_right,
+            HAS_LEFT,
+            HAS_RIGHT,
+        )
+        acc_MD, max_M, sum_M = softmax_step(
+            acc_MD, max_M, sum_M, q_MD, k_ND, v_ND, visible_MN,
+            score_scale, cap_scale, HAS_SOFTCAP, True,
+        )  # fmt: skip
+
+    out_MD, lse_M = softmax_finish(acc_MD, max_M, sum_M, score_scale, HAS_SOFTCAP)
+    out_row_M = token_M * (num_slots * GROUP) + head_M
+    out_offset_MD = (out_row_M * HEAD_DIM)[:, None] + dim_D[None, :]
+    tl.store(out_ptr + out_offset_MD, out_MD.to(out_ptr.dtype.element_ty), mask=in_tile_MD)
+    lse_offset_M = head_M.to(tl.int64) * num_tokens + token_M
+    # 0.693... = ln 2: from base 2 to the natural log that callers expect.
+    tl.store(lse_ptr + lse_offset_M, lse_M * 0.6931471805599453, mask=in_tile_M)

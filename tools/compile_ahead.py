@@ -1,0 +1,96 @@
+"""A Triton kernel compiled for a GPU that need not be there, and what it will take of it."""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+
+HOPPER = GPUTarget("cuda", 90, 32)
+FLOAT_ARGUMENTS = ("score_scale", "cap_scale")
+
+
+class Compiled(NamedTuple):
+    """Registers a thread, bytes of stack a thread (spills) and of shared memory a program.
+
+    Registers and stack are None where Triton brings no `cuobjdump` for the target.
+    """
+
+    registers: int | None
+    stack_bytes: int | None
+    shared_bytes: int
+    num_warps: int
+    warp_specialized: bool
+    ttgir: str
+
+
+def compile_ahead(
+    kernel: Any,
+    constants: dict[str, Any],
+    floats: str,
+    target: GPUTarget = HOPPER,
+    aligned: Iterable[str] = (),
+) -> Compiled:
+    """Compiles with every argument that is no constant as pointer, number or float by its name.
+
+    `constants` may hold num_warps and num_stages, and names that the kernel does not have. Pointers
+    count as multiples of 16 bytes, as torch's are, and so do the numbers named in `aligned`.
+    """
+    options = {name: constants[name] for name in ("num_warps", "num_stages") if name in constants}
+    constants = {name: constants[name] for name in kernel.arg_names if name in constants}
+
+    def type_of(name: str) -> str:
+        if name in constants:
+            return "constexpr"
+        if name == "slots_ptr":
+            return "*i64"
+        if name.startswith(("cu_seqlens", "kv_lens", "block_table")):
+            return "*i32"
+        if name in ("lse_ptr", "part_ptr"):
+            return "*fp32"
+        if name.endswith("_ptr"):
+            return f"*{floats}"
+        return "fp32" if name in FLOAT_ARGUMENTS else "i32"
+
+    aligned = set(aligned)
+    source = ASTSource(
+        fn=kernel,
+        signature={name: type_of(name) for name in kernel.arg_names},
+        constexprs=constants,
+        attrs={
+            (index,): [["tt.divisibility", 16]]
+            for index, name in enumerate(kernel.arg_names)
+            if name not in constants and (name.endswith("_ptr") or name in aligned)
+        },
+    )
+    compiled = compile(source, target=target, options=options)
+    binary = compiled.asm["cubin" if target.backend == "cuda" else "hsaco"]
+    registers, stack_bytes = _resources(binary) if target.backend == "cuda" else (None, None)
+    return Compiled(
+        registers,
+        stack_bytes,
+        compiled.metadata.shared,
+        compiled.metadata.num_warps,
+        "ttg.warp_specialize" in compiled.asm["ttgir"],
+        compiled.asm["ttgir"],
+    )
+
+
+def _resources(cubin: bytes) -> tuple[int | None, int | None]:
+    """Registers and stack bytes a thread, as the `cuobjdump` in Triton's package reads them."""
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not cuobjdump.exists():
+        return None, None
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        printed = subprocess.run(
+            [cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=False
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", printed)
+    return (int(found[1]), int(found[2])) if found else (None, None)
