@@ -55,6 +55,8 @@ the sampling parameters; a run with other ones is refused."""
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0, 1 (failed), 2 (the user's error), 130 (Ctrl-C)."""
+    if sys.stderr is None:  # closed by `2>&-`: messages would go to standard output
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
     args = _parser().parse_args(argv)
     try:
         if args.model is None:
@@ -62,15 +64,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return args.run(args)
     except KeyboardInterrupt:
         return cli.EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read our output has gone. Python would complain once more when it closes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except BrokenPipeError:  # whoever read our output has gone
+        _drop_output()
         return cli.EXIT_RUNTIME
     except Exception as error:
         if args.traceback:
             traceback.print_exc()
         print(f"minigen: {cli.one_line(error)}", file=sys.stderr)
+        _drop_output()
         return cli.EXIT_USAGE if isinstance(error, (ValueError, OSError)) else cli.EXIT_RUNTIME
+
+
+def _drop_output() -> None:
+    """Drop what standard output does not take: Python would complain of it again when it ends."""
+    try:
+        if sys.stdout is not None and not sys.stdout.closed:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _run_chat(args: argparse.Namespace) -> int:
