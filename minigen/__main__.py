@@ -33,11 +33,14 @@ examples:
   python -m minigen generate --model ./SmolLM2-135M --prompt "Once upon a time" --max-tokens 100
   python -m minigen generate --model ./SmolLM2-135M --input prompts.jsonl --output out.jsonl
 
+Texts are printed where --prompt stands without --output. With it they become lines as those of an
+input would, with ids from 1 on.
+
 A line of the input:
   {"id": "a1", "prompt": "Once upon", "params": {"temperature": 0, "max_tokens": 20}}
 with one of "prompt" (text), "prompt_token_ids" (used as they are) or "messages" (through the chat
 template). "id" (a text or a whole number) is the line's number where absent; "params" are sampling
-parameters for this line, over those of the command line.
+parameters for this line, over those of the command line. A line without a seed draws by its id.
 
 A line of the output, one for each line of the input, in the order they finish:
   {"id": "a1", "input_sha256": "…", "text": "…", "token_ids": […], "finish_reason": "length",
@@ -46,7 +49,7 @@ A line of the output, one for each line of the input, in the order they finish:
 "logprobs" is one object a token, {"TOKEN_ID": {"logprob": …, "rank": …, "decoded_token": …}};
 "prompt_logprobs" is there if asked for. With n above 1 the first sample stands there, and
 "outputs" has all n with the same fields. A request that cannot run has {"id", "input_sha256",
-"error"} and harms no other.
+"error"} and harms no other; the exit code is then 2, as for a run that was refused.
 
 A run that was interrupted goes on when the same command is given again: ids that are in the output
 are skipped, a torn last line is done anew. OUT.settings.json beside the output holds the model and
@@ -123,7 +126,9 @@ def _parser() -> cli.Parser:
         formatter_class=raw,
     )
     work = generate.add_argument_group("work")
-    work.add_argument("--prompt", action="append", metavar="TEXT", help="repeatable; prints text")
+    work.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="repeatable; printed without --output"
+    )
     work.add_argument("--input", metavar="FILE", help="requests, one JSON object a line")
     work.add_argument("--output", metavar="FILE", help="results, one JSON object a line")
     cli.add_engine_options(generate)

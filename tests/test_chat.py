@@ -577,7 +577,9 @@ def test_warnings_are_sentences(model, tmp_path, capsys, monkeypatch):
         (["chat", "--model", "/nowhere/at/all"], "/nowhere/at/all"),
         (["chat", "--model", "m", "--temperature", "-1"], "temperature"),
         (["generate", "--model", "m"], "nothing to generate"),
-        (["generate", "--model", "m", "--prompt", "a", "--output", "o"], "--prompt prints"),
+        (["generate", "--model", "m", "--prompt", "a", "--input", "i"], "give one of them"),
+        (["generate", "--model", "m", "--prompt", "a", "--logprobs", "2"], "--logprobs has no"),
+        (["generate", "--model", "m", "--prompt", "a", "--prompt-logprobs", "0"], "give --output"),
     ],
 )
 def test_user_errors_are_one_sentence(arguments, says, capsys):
