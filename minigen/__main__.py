@@ -34,11 +34,14 @@ examples:
   python -m minigen generate --model ./SmolLM2-135M --prompt "Once upon a time" --max-tokens 100
   python -m minigen generate --model ./SmolLM2-135M --input prompts.jsonl --output out.jsonl
 
+Texts are printed where --prompt stands without --output. With it they become lines as those of an
+input would, with ids from 1 on.
+
 A line of the input:
   {"id": "a1", "prompt": "Once upon", "params": {"temperature": 0, "max_tokens": 20}}
 with one of "prompt" (text), "prompt_token_ids" (used as they are) or "messages" (through the chat
 template). "id" (a text or a whole number) is the line's number where absent; "params" are sampling
-parameters for this line, over those of the command line.
+parameters for this line, over those of the command line. A line without a seed draws by its id.
 
 A line of the output, one for each line of the input, in the order they finish:
   {"id": "a1", "input_sha256": "…", "text": "…", "token_ids": […], "finish_reason": "length",
@@ -47,7 +50,7 @@ A line of the output, one for each line of the input, in the order they finish:
 "logprobs" is one object a token, {"TOKEN_ID": {"logprob": …, "rank": …, "decoded_token": …}};
 "prompt_logprobs" is there if asked for. With n above 1 the first sample stands there, and
 "outputs" has all n with the same fields. A request that cannot run has {"id", "input_sha256",
-"error"} and harms no other.
+"error"} and harms no other; the exit code is then 2, as for a run that was refused.
 
 A run that was interrupted goes on when the same command is given again: ids that are in the output
 are skipped, a torn last line is done anew. OUT.settings.json beside the output holds the model and
@@ -74,6 +77,8 @@ are measured in the same run. The last line of standard output is one JSON docum
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0, 1 (failed), 2 (the user's error), 130 (Ctrl-C)."""
+    if sys.stderr is None:  # closed by `2>&-`: messages would go to standard output
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
     args = _parser().parse_args(argv)
     try:
         if args.model is None and args.command != "bench":
@@ -81,15 +86,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         return args.run(args)
     except KeyboardInterrupt:
         return cli.EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read our output has gone. Python would complain once more when it closes stdout.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except BrokenPipeError:  # whoever read our output has gone
+        _drop_output()
         return cli.EXIT_RUNTIME
     except Exception as error:
         if args.traceback:
             traceback.print_exc()
         print(f"minigen: {cli.one_line(error)}", file=sys.stderr)
+        _drop_output()
         return cli.EXIT_USAGE if isinstance(error, (ValueError, OSError)) else cli.EXIT_RUNTIME
+
+
+def _drop_output() -> None:
+    """Drop what standard output does not take: Python would complain of it again when it ends."""
+    try:
+        if sys.stdout is not None and not sys.stdout.closed:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _run_chat(args: argparse.Namespace) -> int:
@@ -137,7 +151,9 @@ def _parser() -> cli.Parser:
         formatter_class=raw,
     )
     work = generate.add_argument_group("work")
-    work.add_argument("--prompt", action="append", metavar="TEXT", help="repeatable; prints text")
+    work.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="repeatable; printed without --output"
+    )
     work.add_argument("--input", metavar="FILE", help="requests, one JSON object a line")
     work.add_argument("--output", metavar="FILE", help="results, one JSON object a line")
     cli.add_engine_options(generate)

@@ -66,6 +66,11 @@ def run(args: argparse.Namespace) -> int:
                 raise
             screen.note(cli.one_line(error))
             continue
+        except KeyboardInterrupt:  # the second Ctrl-C within a step
+            if not screen.interactive:
+                raise
+            screen.note("\nstopped: nothing of this turn stays in the chat")
+            continue
         if not goes_on:
             return cli.EXIT_OK
 
@@ -116,8 +121,14 @@ class Lines:
         return line.rstrip("\r\n")
 
     def write(self, text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
+        try:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            # Not an OSError: of those the chat tells and goes on, here every reply would be lost.
+            raise RuntimeError(f"standard output: {error.strerror}") from error
 
     def note(self, text: str) -> None:
         print(f"minigen: {text}", file=sys.stderr, flush=True)
@@ -200,12 +211,12 @@ def _history() -> Any:
     """The history file, private to the user; in memory only where no file can be written."""
     from prompt_toolkit.history import FileHistory, InMemoryHistory
 
-    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    file = Path(state) / "minigen" / "history"
     try:
+        state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+        file = Path(state) / "minigen" / "history"
         file.parent.mkdir(parents=True, exist_ok=True)
         os.close(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600))
-    except OSError:
+    except (OSError, RuntimeError):  # RuntimeError: a user without a home
         return InMemoryHistory()
     return FileHistory(str(file))
 
@@ -266,6 +277,10 @@ class Conversation:
         del self.turns[-2:]
         return message
 
+    def forget(self) -> None:
+        self.turns.clear()
+        self._seen_ids = []
+
     def _with_system(self, turns: list[Message]) -> list[Message]:
         return [{"role": "system", "content": self.system}, *turns] if self.system else turns
 
@@ -276,15 +291,18 @@ def splice(tokenizer: "Tokenizer", seen: list[int], fresh: list[int]) -> list[in
     The two spell the same text, but a reply that the model generated often has other ids than the
     tokenizer gives for its text, and the engine's cache knows only the former. Returned is the
     longest prefix of `seen` whose text ends where a token of `fresh` ends, and the rest of `fresh`.
+    It ends before a control token that the other has not: spelled alike, one is what a user typed.
     """
     same = _common(seen, fresh)
     if same in (len(seen), len(fresh)):
         return fresh
     # Decoders treat the first token in their own ways: some common ones go before the difference.
     start = max(0, same - 8)
-    seen_ends, seen_text = _ends(tokenizer, seen[start:])
-    fresh_ends, fresh_text = _ends(tokenizer, fresh[start:])
-    common = _common(seen_text, fresh_text)
+    seen_ends, seen_text, seen_controls = _ends(tokenizer, seen[start:])
+    fresh_ends, fresh_text, fresh_controls = _ends(tokenizer, fresh[start:])
+    num_alike = _common(seen_controls, fresh_controls)
+    differing = seen_controls[num_alike : num_alike + 1] + fresh_controls[num_alike : num_alike + 1]
+    common = min([_common(seen_text, fresh_text), *(at for at, _ in differing)])
     end = max((end for end in seen_ends.keys() & fresh_ends.keys() if end <= common), default=None)
     if end is None:
         return fresh
@@ -297,16 +315,34 @@ def _common(a: Sequence[Any], b: Sequence[Any]) -> int:
     return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
 
 
-def _ends(tokenizer: "Tokenizer", ids: list[int]) -> tuple[dict[int, int], str]:
-    """{length of text: number of tokens that spell it}, and the text, special tokens included."""
+def _ends(
+    tokenizer: "Tokenizer", ids: list[int]
+) -> tuple[dict[int, int], str, list[tuple[int, int]]]:
+    """{length of text: number of tokens that spell it}, the text, special tokens included, and
+    [(where in the text it begins, id)] of the control tokens."""
     stream = tokenizer.stream(skip_special_tokens=False)
+    is_control = {token_id: _is_control(tokenizer, token_id) for token_id in set(ids)}
     ends, text = {0: 0}, ""
+    controls: list[tuple[int, int]] = []
     for i, token_id in enumerate(ids, start=1):
+        if is_control[token_id]:
+            controls.append((len(text), token_id))
         text += stream.push(token_id)
         ends.setdefault(len(text), i)
     text += stream.flush()  # half a character at the end of a reply
     ends.setdefault(len(text), len(ids))
-    return ends, text
+    return ends, text, controls
+
+
+def _is_control(tokenizer: "Tokenizer", token_id: int) -> bool:
+    """Whether a user may not write this token: it is special, or reads like markup.
+
+    Some ordinary tokens read so too; one more or less of them only ends what `splice` keeps.
+    """
+    from minigen.weights.lookalikes import is_markup
+
+    text = tokenizer.decode([token_id], skip_special_tokens=False)
+    return is_markup(text) or text != tokenizer.decode([token_id])
 
 
 # --- replies -------------------------------------------------------------------------------------
@@ -446,7 +482,7 @@ class Chat:
         self._screen.note("system message removed" if text == "-" else "system message set")
 
     def _reset(self, rest: str) -> None:
-        self._conversation.turns.clear()
+        self._conversation.forget()
         self._last_message = None
         self._last_is_in_chat = False
         self._screen.note("conversation forgotten")
@@ -477,15 +513,12 @@ class Chat:
             raise ValueError(f"{name} has no meaning in a chat: `generate` takes it")
         if name in cli.PARAMETERS and not text:
             raise ValueError(f"/set {name} needs a value, as in `/set temperature 0.7`")
-        if name == "max_tokens" and text.lower() == "none":
-            self._max_tokens = None
+        value = cli.read_parameter(name, text)
+        params = dataclasses.replace(self._params, **{name: value})
+        if name == "max_tokens":
+            self._max_tokens = value
         else:
-            value = cli.read_parameter(name, text)
-            params = dataclasses.replace(self._params, **{name: value})
-            if name == "max_tokens":
-                self._max_tokens = value
-            else:
-                self._params = params
+            self._params = params
         self._screen.note(f"{name} = {text}")
 
     def _stats(self) -> str:

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -72,7 +73,7 @@ PARAMETERS = {
     "frequency_penalty": "number",
     "logit_bias": "bias?",
     "seed": "int?",
-    "max_tokens": "int",
+    "max_tokens": "int?",
     "min_tokens": "int",
     "stop": "texts?",
     "stop_token_ids": "ints?",
@@ -168,7 +169,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         default="auto",
         choices=["auto", "float32", "float16", "bfloat16"],
-        help="auto: the checkpoint's own where the device has it",
+        help="auto: the checkpoint's own",
     )
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     group.add_argument(
@@ -227,6 +228,7 @@ def load_llm(
 
     # torch 2.13 warns its own jagged tensors about a rename; a user can do nothing about it.
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
+    warnings.showwarning = _show_warning
     make = partial(LLM, args.model) if config is None else partial(LLM.from_config, config)
     return make(
         dtype=args.dtype,
@@ -236,6 +238,11 @@ def load_llm(
         progress=sys.stderr is not None and sys.stderr.isatty(),
         **options,
     )
+
+
+def _show_warning(message: Warning | str, *where: Any, **options: Any) -> None:
+    """A warning is for the user, who has no use for a file of the program and a line of it."""
+    print(f"minigen: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 # --- Ctrl-C, files, terminals --------------------------------------------------------------------
@@ -264,7 +271,17 @@ class Interrupt:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a file as a whole: a reader, or a crash, sees the old or the new one. OSError."""
+    """Replace a file as a whole: a reader, or a crash, sees the old or the new one.
+
+    Raises OSError with the file's name, not that of the temporary one.
+    """
+    try:
+        _write_and_rename(path, text)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _write_and_rename(path: Path, text: str) -> None:
     fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
     try:
         with os.fdopen(fd, "w", encoding="utf-8") as file:

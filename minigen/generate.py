@@ -1,7 +1,8 @@
 """`python -m minigen generate`: many prompts at once, from a file to a file that can be resumed.
 
-The input is read twice and never held in memory: once to check all of it, once to run it. The
-output is append-only, one whole line a result, so that a run can be stopped anywhere.
+The input is never held in memory but read anew: to check all of it, to check parameters of lines
+against the loaded model, to run it. The output is append-only, one whole line a result, so that a
+run can be stopped anywhere.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
@@ -31,6 +32,19 @@ MAX_QUEUED = 512
 PROMPT_FIELDS = ("prompt", "prompt_token_ids", "messages")
 LINE_START = b'{"id": '  # of every result
 SETTINGS_SUFFIX = ".settings.json"
+# What decides a model's results. Other files may lie beside them, even the output.
+MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_templates/*.jinja",
+    "additional_chat_templates/*.jinja",
+    "model.safetensors.index.json",
+    "*.safetensors",
+)
 
 RequestId = str | int
 Digests = dict[RequestId, str]
@@ -38,19 +52,23 @@ Digests = dict[RequestId, str]
 
 def run(args: argparse.Namespace) -> int:
     """Do what the options say. Returns the exit code; raises ValueError or OSError."""
-    if args.prompt and (args.input or args.output):
-        raise ValueError("--prompt prints texts: give it alone, or --input and --output instead")
+    if args.prompt and args.input:
+        raise ValueError("--prompt and --input both say what to generate: give one of them")
     if not args.prompt and not (args.input and args.output):
         raise ValueError(
             "there is nothing to generate: give --prompt TEXT, or --input FILE with --output FILE"
         )
+    for name in ("logprobs", "prompt_logprobs"):
+        if getattr(args, name) is not None and not args.output:
+            raise ValueError(
+                f"--{name.replace('_', '-')} has no place in texts that are printed: give --output "
+                "FILE, too"
+            )
     from minigen.sampling import SamplingParams
 
     overrides = {"max_tokens": DEFAULT_MAX_TOKENS, **cli.sampling_overrides(args)}
     SamplingParams(**overrides)  # refused before a model is loaded
-    if args.prompt:
-        return _print_texts(args, overrides)
-    return _run_file(args, overrides)
+    return _run_file(args, overrides) if args.output else _print_texts(args, overrides)
 
 
 def _print_texts(args: argparse.Namespace, overrides: dict[str, Any]) -> int:
@@ -67,7 +85,8 @@ def _print_texts(args: argparse.Namespace, overrides: dict[str, Any]) -> int:
             "this model has no tokenizer.json: give token ids with --input instead of --prompt"
         )
     params = llm.default_params(**overrides)
-    requests = [Request(i, {"prompt": prompt}, "") for i, prompt in enumerate(args.prompt)]
+    _check_for_model(llm, params)
+    requests = _given_requests(args.prompt)
     results: dict[RequestId, dict[str, Any]] = {}
     with cli.Interrupt() as interrupt, _progress(len(requests), 0) as progress:
         for result in _results(llm, params, iter(requests), interrupt, progress):
@@ -90,41 +109,49 @@ def _print_texts(args: argparse.Namespace, overrides: dict[str, Any]) -> int:
 def _run_file(args: argparse.Namespace, overrides: dict[str, Any]) -> int:
     from minigen.weights.hub import resolve_model
 
-    source, target = Path(args.input), Path(args.output)
-    if source.exists() and not source.is_file():
-        raise ValueError(f"{source} is no regular file: the input is read twice")
+    source, target = Path(args.input) if args.input else None, Path(args.output)
+    if source is not None and source.exists() and not source.is_file():
+        raise ValueError(f"{source} is no regular file: the input is read more than once")
     if target.exists() and not target.is_file():
         raise ValueError(f"{target} is no regular file: results are appended to one")
-    if target.exists() and target.samefile(source):
+    if source is not None and target.exists() and target.samefile(source):
         raise ValueError(f"{source} is both --input and --output")
-    digests, first_line_of = check_input(source, overrides)
+    given = _given_requests(args.prompt or [])
+    if source is None:
+        digests = {request.id: request.sha256 for request in given}
+        first_line_of = {"prompt": 1}
+    else:
+        digests, first_line_of = check_input(source, overrides)
+    where = "--prompt" if source is None else str(source)
     args.model = str(resolve_model(args.model))
 
     with _Results(target) as results:
-        done = results.done(source, digests)
+        done = results.done(where, digests)
         llm = cli.load_llm(args)
-        _check_tokenizer(llm, source, first_line_of)
+        _check_tokenizer(llm, where, first_line_of)
         params = llm.default_params(**overrides)
+        _check_for_model(llm, params)
+        if source is not None and "params" in first_line_of:
+            _check_lines_for_model(llm, params, source)
         results.claim(_settings(llm, args, params))
         # Engine errors in one line are results; what breaks here, breaks the run.
-        todo = (request for request in read_requests(source) if request.id not in done)
-        num_errors = 0
+        requests = iter(given) if source is None else read_requests(source)
+        todo = (request for request in requests if request.id not in done)
         with (
             cli.Interrupt() as interrupt,
             _progress(len(digests), len(done)) as progress,
         ):
             for result in _results(llm, params, todo, interrupt, progress):
                 results.append(result)
-                num_errors += "error" in result
                 done.add(result["id"])
     so_far = f"{len(done)} of {len(digests)} results are in {target}"
     if interrupt.requested:
         print(f"minigen: stopped: {so_far}; the same command continues from there", file=sys.stderr)
         return cli.EXIT_INTERRUPTED
-    if num_errors:
-        so_far += f", {num_errors} of this run with an error"
+    if results.num_errors:
+        so_far += f", {results.num_errors} of them with an error"
     print(f"minigen: {so_far} ({progress.rate:.1f} tokens/s)", file=sys.stderr)
-    return cli.EXIT_OK
+    return cli.EXIT_USAGE if results.num_errors else cli.EXIT_OK
 
 
 # --- input ---------------------------------------------------------------------------------------
@@ -146,7 +173,7 @@ class Request:
 def check_input(file: Path, overrides: Mapping[str, Any]) -> tuple[Digests, dict[str, int]]:
     """Read the whole input and raise ValueError, naming file and line, for the first bad line.
 
-    Returns {id: digest of its line} and, for each kind of prompt, the first line that has it.
+    Returns {id: digest of its line} and, for each field, the first line that has it.
     """
     digests: Digests = {}
     lines: dict[RequestId, int] = {}
@@ -163,7 +190,8 @@ def check_input(file: Path, overrides: Mapping[str, Any]) -> tuple[Digests, dict
             raise ValueError(f"{file}:{number}: {error}") from None
         lines[request.id] = number
         digests[request.id] = request.sha256
-        first_line_of.setdefault(request.kind, number)
+        for field in request.fields:
+            first_line_of.setdefault(field, number)
     if not digests:
         raise ValueError(f"{file} holds no request")
     return digests, first_line_of
@@ -172,6 +200,12 @@ def check_input(file: Path, overrides: Mapping[str, Any]) -> tuple[Digests, dict
 def read_requests(file: Path) -> Iterator[Request]:
     """The requests of an input that was checked. ValueError if it no longer is what it was."""
     return (request for _, request in _numbered_requests(file))
+
+
+def _given_requests(prompts: Sequence[str]) -> list[Request]:
+    """The requests that as many lines with nothing but a prompt would make."""
+    lines = (json.dumps({"prompt": prompt}).encode() for prompt in prompts)
+    return [_parse_request(number, line) for number, line in enumerate(lines, start=1)]
 
 
 def _numbered_requests(file: Path) -> Iterator[tuple[int, Request]]:
@@ -242,19 +276,39 @@ def _parameters(params: Mapping[str, Any]) -> dict[str, Any]:
     return {name: cli.check_parameter(name, value) for name, value in params.items()}
 
 
-def _check_tokenizer(llm: "LLM", file: Path, first_line_of: Mapping[str, int]) -> None:
+def _check_for_model(llm: "LLM", params: "SamplingParams") -> None:
+    """Raise ValueError for parameters that this model can serve for no prompt at all."""
+    params.check_vocabulary(llm.config.vocab_size)
+    if params.stop and llm.tokenizer is None:
+        raise ValueError("stop strings need a tokenizer, and this model has no tokenizer.json")
+
+
+def _check_lines_for_model(llm: "LLM", params: "SamplingParams", file: Path) -> None:
+    """The same for the parameters of each line, over the model's own defaults."""
+    for number, request in _numbered_requests(file):
+        try:
+            _check_for_model(llm, _params_of(request, params))
+        except ValueError as error:
+            raise ValueError(f"{file}:{number}: {error}") from None
+
+
+def _params_of(request: Request, params: "SamplingParams") -> "SamplingParams":
+    return dataclasses.replace(params, **_parameters(request.fields.get("params", {})))
+
+
+def _check_tokenizer(llm: "LLM", where: str, first_line_of: Mapping[str, int]) -> None:
     """A model that cannot take a kind of prompt at all is refused, not written into every line."""
     tokenizer = llm.tokenizer
     if tokenizer is None:
         for kind in ("prompt", "messages"):
             if kind in first_line_of:
                 raise ValueError(
-                    f"{file}:{first_line_of[kind]}: this model has no tokenizer.json, so it takes "
+                    f"{where}:{first_line_of[kind]}: this model has no tokenizer.json, so it takes "
                     f"prompt_token_ids only, not {kind}"
                 )
     elif "messages" in first_line_of and not tokenizer.has_chat_template:
         raise ValueError(
-            f"{file}:{first_line_of['messages']}: this model has no chat template, so it takes no "
+            f"{where}:{first_line_of['messages']}: this model has no chat template, so it takes no "
             "messages"
         )
 
@@ -283,9 +337,10 @@ def _results(
                 # Ids of the input may be texts and numbers; the engine's are texts of their own.
                 engine_id, num_added = f"generate-{num_added}", num_added + 1
                 try:
-                    prompt = _prompt(llm, request)
-                    changes = _parameters(request.fields.get("params", {}))
-                    engine.add_request(engine_id, prompt, dataclasses.replace(params, **changes))
+                    prompt, own = _prompt(llm, request), _params_of(request, params)
+                    if own.seed is None:
+                        own = dataclasses.replace(own, seed=_seed(request.id))
+                    engine.add_request(engine_id, prompt, own)
                 except ValueError as error:
                     progress.finished()
                     yield _result(request, error=cli.one_line(error))
@@ -305,6 +360,13 @@ def _results(
     finally:
         for engine_id in running:
             engine.abort(engine_id)
+
+
+def _seed(request_id: RequestId) -> int:
+    """A seed of its own for each id: the engine would begin its order of seeds anew when a run is
+    continued, and later lines would draw as the first ones did."""
+    digest = hashlib.sha256(json.dumps(request_id).encode()).digest()
+    return int.from_bytes(digest[:8]) >> 1  # 63 bits: not negative
 
 
 def _prompt(llm: "LLM", request: Request) -> str | list[int]:
@@ -381,6 +443,8 @@ class _Results:
     def __init__(self, file: Path):
         self._file = file
         self._settings_file = file.with_name(file.name + SETTINGS_SUFFIX)
+        self._wrote_settings = False
+        self.num_errors = 0
 
     def __enter__(self) -> "_Results":
         existed = self._file.exists()
@@ -400,10 +464,12 @@ class _Results:
         elif self._remove_if_empty and exc[0] is not None:
             # What was refused leaves no trace.
             self._file.unlink(missing_ok=True)
+            if self._wrote_settings:
+                self._settings_file.unlink(missing_ok=True)
         self._stream.close()
         return False
 
-    def done(self, source: Path, digests: Digests) -> set[RequestId]:
+    def done(self, source: str, digests: Digests) -> set[RequestId]:
         """Ids of the results that are there already, after a torn last line was dropped.
 
         Raises ValueError if they are not results of this input.
@@ -426,6 +492,7 @@ class _Results:
                 result = json.loads(line)
                 request_id, digest = result["id"], result["input_sha256"]
                 known = request_id in digests
+                is_error = "error" in result
             except (ValueError, TypeError, KeyError):
                 raise ValueError(
                     f"{where}: the line is no result of generate: give another --output"
@@ -439,6 +506,7 @@ class _Results:
                     "input as it was (lines may be added), to begin anew give another --output"
                 )
             done.add(request_id)
+            self.num_errors += is_error
         return done
 
     def claim(self, settings: dict[str, Any]) -> None:
@@ -446,6 +514,7 @@ class _Results:
         if self._stream.seek(0, os.SEEK_END) == 0:
             text = json.dumps(settings, ensure_ascii=False, indent=2, sort_keys=True)
             cli.write_atomically(self._settings_file, text + "\n")
+            self._wrote_settings = True
             return
         try:
             kept = json.loads(self._settings_file.read_text(encoding="utf-8"))
@@ -469,6 +538,7 @@ class _Results:
             data = json.dumps(result, allow_nan=False).encode("ascii")
         self._stream.write(data + b"\n")
         self._stream.flush()
+        self.num_errors += "error" in result
 
 
 def _lock(stream: BinaryIO, file: Path) -> None:
@@ -510,11 +580,10 @@ def fingerprint(model: Path) -> str:
     size and 16 pieces of 64 KiB are read, the header being in the first.
     """
     digest = hashlib.sha256()
-    for file in sorted(model.iterdir()):
-        if file.suffix not in (".json", ".jinja", ".safetensors"):
-            continue
+    files = {file for pattern in MODEL_FILES for file in model.glob(pattern) if file.is_file()}
+    for file in sorted(files):
         size = file.stat().st_size
-        digest.update(f"{file.name}:{size}:".encode())
+        digest.update(f"{file.relative_to(model).as_posix()}:{size}:".encode())
         with file.open("rb") as stream:
             if file.suffix != ".safetensors":
                 digest.update(stream.read())

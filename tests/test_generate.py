@@ -13,7 +13,7 @@ import pytest
 
 from minigen import generate
 from minigen.__main__ import main
-from tests.command_line import ROOT, command, environment, make_model
+from tests.command_line import CONTEXT, ROOT, command, environment, make_model
 
 GREEDY = ("--temperature", "0", "--ignore-eos")
 
@@ -128,10 +128,24 @@ def test_prompts_are_printed(loaded, model, capsys):
     assert capsys.readouterr().out == "".join(f"{text}\n" for text in expected)
 
 
-def test_bad_request_harms_no_other(job, loaded):
+def test_prompts_are_written_as_lines(job, loaded, tmp_path):
+    target = tmp_path / "prompts.jsonl"
+    arguments = ["generate", "--model", str(job([]).model), "--output", str(target), *GREEDY]
+    texts = ["Once upon a time", "What is"]
+    arguments += ["--prompt", texts[0], "--prompt", texts[1]]
+    assert main([*arguments, "--max-tokens", "3", "--logprobs", "2"]) == 0
+    work = job([{"prompt": text} for text in texts])
+    assert work.run("--max-tokens", 3, "--logprobs", 2) == 0
+    expected = lasting(work.results())
+    assert all(len(result["logprobs"]) == 3 for result in expected.values())
+    work.target = target
+    assert lasting(work.results()) == expected
+
+
+def test_bad_request_harms_no_other(job, loaded, capsys):
     lines = [*PROMPTS[:2], {"id": "long", "prompt": "é" * 5000}, *PROMPTS[2:4]]
     work = job([*lines, {"id": "alien", "prompt_token_ids": [10**6]}])
-    assert work.run("--max-tokens", 4) == 0
+    assert work.run("--max-tokens", 4) == 2
     results = work.results()
     assert "4096" in results["long"]["error"]
     assert results["alien"]["error"]
@@ -140,8 +154,11 @@ def test_bad_request_harms_no_other(job, loaded):
     assert not loaded.engine.has_unfinished()
     # An error is a result: it is not tried again.
     before = work.target.read_bytes()
-    assert work.run("--max-tokens", 4) == 0
+    capsys.readouterr()
+    assert work.run("--max-tokens", 4) == 2
     assert work.target.read_bytes() == before
+    assert "6 of 6 results are in" in (says := capsys.readouterr().err)
+    assert "2 of them with an error" in says
 
 
 def test_queue_stays_short(job, loaded, monkeypatch):
@@ -235,6 +252,53 @@ def test_foreign_output_is_left_alone(job, loaded, capsys):
     assert work.target.read_text() == "my notes, no newline at the end"
 
 
+@pytest.mark.parametrize(
+    ("options", "line", "says"),
+    [
+        (["--logit-bias", '{"9999": 1}'], {}, "minigen: logit_bias names the token 9999"),
+        ([], {"logit_bias": {"9999": 1}}, "in.jsonl:2: logit_bias names the token 9999"),
+        ([], {"n": 2}, "in.jsonl:2: n must be 1"),  # the model's own default is greedy
+    ],
+)
+def test_parameters_are_checked_against_the_model(job, loaded, capsys, options, line, says):
+    work = job([PROMPTS[0], {"prompt": "a", "params": line}])
+    arguments = [a for a in work.arguments(*options) if a not in GREEDY]
+    assert main(arguments) == 2
+    assert says in capsys.readouterr().err
+    assert not work.target.exists()
+
+
+def test_stop_strings_need_a_tokenizer(job, loaded, capsys, monkeypatch):
+    monkeypatch.setattr(loaded, "tokenizer", None)
+    work = job([{"prompt_token_ids": [1]}])
+    assert work.run("--stop", "a") == 2
+    assert "stop strings need a tokenizer" in capsys.readouterr().err
+    work = job([{"prompt_token_ids": [1], "params": {"stop": "a"}}])
+    assert work.run() == 2
+    assert "in.jsonl:1: stop strings need a tokenizer" in capsys.readouterr().err
+    assert not work.target.exists()
+
+
+def test_max_tokens_may_be_none(job, loaded):
+    work = job([{"prompt_token_ids": [1] * (CONTEXT - 3), "params": {"max_tokens": None}}])
+    assert work.run() == 0
+    assert len(work.results()[1]["token_ids"]) == 3
+
+
+def test_failed_run_that_wrote_nothing_leaves_nothing(job, loaded, monkeypatch):
+    work = job(PROMPTS[:1])
+
+    def broken():
+        raise RuntimeError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loaded.engine, "step", broken)
+        assert work.run() == 1
+    assert os.listdir(work.source.parent) == ["in.jsonl"]
+    assert work.run("--max-tokens", 2) == 0
+    assert len(os.listdir(work.source.parent)) == 3
+
+
 def test_models_that_lack_something(job, loaded, capsys, monkeypatch):
     work = job([{"prompt_token_ids": [1]}, {"prompt": "a"}])
     monkeypatch.setattr(loaded, "tokenizer", None)
@@ -272,6 +336,19 @@ def test_torn_last_line_is_done_anew(unbroken):
         assert work.run("--max-tokens", 5) == 0
         assert work.target.read_bytes().startswith(data[: data.rfind(b"\n", 0, end) + 1])
         assert lasting(work.results()) == expected
+
+
+def test_draws_do_not_depend_on_where_a_run_was_stopped(job, loaded):
+    same = [{"prompt": "Once upon a time", "params": {"temperature": 1.5}} for _ in range(4)]
+    work = job(same[:2])
+    assert work.run("--max-tokens", 8) == 0
+    work.write(same)
+    assert work.run("--max-tokens", 8) == 0
+    continued = lasting(work.results())
+    assert len({tuple(result["token_ids"]) for result in continued.values()}) == 4
+    work.target.unlink()
+    assert work.run("--max-tokens", 8) == 0
+    assert lasting(work.results()) == continued
 
 
 def test_input_may_grow(unbroken):
@@ -408,7 +485,22 @@ def test_fingerprint_sees_every_file(model, tmp_path):
     for name in ("config.json", "tokenizer.json", "generation_config.json"):
         (copy / name).write_text((copy / name).read_text() + "\n")
         seen.add(generate.fingerprint(copy))
-    assert len(seen) == 4
+    for name in ("chat_template.jinja", "chat_templates/tool_use.jinja"):
+        (copy / name).parent.mkdir(exist_ok=True)
+        (copy / name).write_text("{{ messages }}")
+        seen.add(generate.fingerprint(copy))
+    assert len(seen) == 6
+
+
+def test_output_may_lie_beside_the_model(job, loaded, tmp_path):
+    work = job(PROMPTS[:2])
+    copy = tmp_path / "copy"
+    shutil.copytree(work.model, copy)
+    work.model, work.target = copy, copy / "out.json"
+    assert work.run("--max-tokens", 2) == 0
+    (copy / "more.json").mkdir()
+    assert work.run("--max-tokens", 2) == 0
+    assert len(work.results()) == 2
 
 
 def test_large_input_is_not_held(tmp_path, monkeypatch):

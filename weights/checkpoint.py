@@ -102,8 +102,8 @@ class Checkpoint:
             unit="B",
             unit_scale=True,
             leave=False,
-            disable=not progress,
-            delay=0 if sys.stderr.isatty() else 2,
+            disable=not progress or sys.stderr is None,  # None: closed by `2>&-`
+            delay=0 if sys.stderr is not None and sys.stderr.isatty() else 2,
         )
         with bar, torch.no_grad():
             for file, names in by_file.items():

@@ -77,7 +77,7 @@ class LookalikeGuard:
         self._control_ids = {
             token_id
             for token_id, token in added.items()
-            if token.content in self._special or _is_markup(token.content)
+            if token.content in self._special or is_markup(token.content)
         }
         self._control = {added[token_id].content for token_id in self._control_ids}
         edges = {text.strip()[side] for text in self._control for side in (0, -1)}
@@ -239,7 +239,8 @@ def _escaped(character: str) -> str:
     return json.dumps(character)[1:-1]
 
 
-def _is_markup(text: str) -> bool:
+def is_markup(text: str) -> bool:
+    """Whether an added token of this text is a control token even if it is not marked special."""
     ends = text[:1] + text[-1:]
     return len(text) > 2 and not any(end.isalnum() or end.isspace() for end in ends)
 
