@@ -179,6 +179,11 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
         help="torch.compile's mode; eager compiles nothing",
     )
     group.add_argument(
+        "--decode-graphs",
+        action=argparse.BooleanOptionalAction,
+        help="replay decode steps from CUDA graphs; by default on a GPU with --compile default",
+    )
+    group.add_argument(
         "--max-model-len",
         type=positive,
         metavar="N",
@@ -234,6 +239,7 @@ def load_llm(
         dtype=args.dtype,
         device=args.device,
         compile=args.compile,
+        decode_graphs=args.decode_graphs,
         max_model_len=args.max_model_len,
         progress=sys.stderr is not None and sys.stderr.isatty(),
         **options,
