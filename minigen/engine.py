@@ -4,11 +4,13 @@ With `overlap` the host reads a step's tokens after it has launched the next one
 stops has at most one surplus token computed, which is thrown away.
 """
 
+import operator
 import random
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from typing import Any
 
 from minigen.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from minigen.runner import ChosenLogprobs, Launched, Runner
@@ -137,6 +139,8 @@ class Engine:
     ) -> None:
         if request_id in self._requests:
             raise ValueError(f"request id {request_id!r} is in use: give another one")
+        if not isinstance(params, SamplingParams):
+            raise ValueError(f"params must be SamplingParams, not {type(params).__name__}")
         vocab_size = self.runner.model.config.vocab_size
         params.check_vocabulary(vocab_size)
         ids = self._prompt_ids(prompt, vocab_size)
@@ -177,6 +181,7 @@ class Engine:
                     list(params.stop or ()),
                     params.include_stop_str_in_output,
                     params.skip_special_tokens,
+                    ids,
                 ),
                 CompletionOutput(index, logprobs=None if params.logprobs is None else []),
             )
@@ -194,9 +199,9 @@ class Engine:
                 raise ValueError("this model has no tokenizer: give the prompt as token ids")
             ids = self.tokenizer.encode(prompt)
         else:
-            ids = list(prompt)
+            ids = items_of(prompt, "the prompt must be a text or token ids")
         for at, token in enumerate(ids):
-            if isinstance(token, bool) or not isinstance(token, int):
+            if not is_integer(token):
                 raise ValueError(f"prompt token {at} is {token!r}: an integer is needed")
             if not 0 <= token < vocab_size:
                 raise ValueError(
@@ -204,7 +209,7 @@ class Engine:
                 )
         if not ids:
             raise ValueError("the prompt is empty: give at least one token")
-        return ids
+        return [operator.index(token) for token in ids]
 
     def abort(self, request_id: str) -> None:
         """Ends a request at once. Raises ValueError for an id that is not running."""
@@ -345,15 +350,15 @@ class Engine:
         sample.sequence.num_pending -= 1
         sample.sequence.tokens.append(token)
         output.token_ids.append(token)
-        may_stop = len(output.token_ids) >= params.min_tokens
-        if may_stop and token in request.stop_ids:
+        num_tokens = len(output.token_ids)
+        if num_tokens >= params.min_tokens and token in request.stop_ids:
             eos = token in self.eos_token_ids and not params.ignore_eos
             asked = token in (params.stop_token_ids or ())
             if params.include_stop_str_in_output:
                 sample.text.push(token, may_stop=False)
             self._end(sample, "stop", token if asked and not eos else None)
             return
-        stop = sample.text.push(token, may_stop)
+        stop = sample.text.push(token, may_stop=num_tokens > params.min_tokens)
         output.text = sample.text.text
         if stop is not None:
             self._end(sample, "stop", stop)
@@ -363,7 +368,8 @@ class Engine:
     def _end(self, sample: _Sample, reason: str, stop_reason: int | str | None) -> None:
         if not isinstance(stop_reason, str):
             # Half a character at the end is shown as what it is; it may complete a stop string.
-            stop = sample.text.flush(may_stop=reason != "abort")
+            late_enough = len(sample.output.token_ids) > sample.request.params.min_tokens
+            stop = sample.text.flush(may_stop=late_enough and reason != "abort")
             if stop is not None and reason == "length":
                 reason, stop_reason = "stop", stop
         output, sample.counts = sample.output, None
@@ -398,6 +404,25 @@ class Engine:
 
     def _word(self, token: int) -> str | None:
         return self.tokenizer.token_text(token) if self.tokenizer else None
+
+
+def items_of(value: Any, needed: str) -> list[Any]:
+    """The items of a sequence; arrays and numbers of numpy and torch become Python's own.
+
+    Raises ValueError, which begins with `needed`, for what is no sequence.
+    """
+    value = _plain(value)
+    if not isinstance(value, Iterable) or isinstance(value, (Mapping, bytes, bytearray)):
+        raise ValueError(f"{needed}, not {type(value).__name__}")
+    return [_plain(item) for item in value]
+
+
+def is_integer(value: Any) -> bool:
+    return hasattr(value, "__index__") and not isinstance(value, bool)
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _most(a: int, b: int) -> int:

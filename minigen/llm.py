@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from minigen.cache import BlockPool
-from minigen.engine import Engine
+from minigen.engine import Engine, is_integer, items_of
 from minigen.model import DTYPES, Decoder, DecoderConfig
 from minigen.outputs import RequestOutput
 from minigen.runner import Runner, check_compile_mode
@@ -45,7 +45,8 @@ class LLM:
         dtype: "auto" (the checkpoint's), a name or a torch dtype.
         device: "auto" (cuda if there is one), "cpu" or "cuda[:n]".
         compile: "eager", "default", "reduce-overhead" or "max-autotune".
-        max_model_len: most tokens of a prompt with its output; default what model and cache allow.
+        max_model_len: most tokens of a prompt with its output, not above what the model was made
+            for; default what model and cache allow.
         max_num_seqs: most sequences that run at once.
         max_num_batched_tokens: most tokens of a step.
         num_cache_blocks: size of the cache in blocks; default from the free memory.
@@ -89,7 +90,7 @@ class LLM:
             "block_size": block_size,
         }
         for name, value in counts.items():
-            if value is not None and (isinstance(value, bool) or value < 1):
+            if value is not None and (not is_integer(value) or value < 1):
                 raise ValueError(f"{name} is {value!r}: a positive integer is needed")
         if not 0 < gpu_memory_utilization <= 1:
             raise ValueError(
@@ -109,7 +110,8 @@ class LLM:
             free = _free_memory(self.device, gpu_memory_utilization)
             free -= min(reserve, free // 2)  # a small machine seldom runs max_num_seqs at once
             enough = max_num_seqs * -(-wanted // block_size)
-            num_cache_blocks = _rounded_down(max(0, min(enough, free // block_bytes)))
+            fitting = max(0, free // block_bytes)
+            num_cache_blocks = enough if enough <= fitting else _rounded_down(fitting)
         room = num_cache_blocks * block_size
         if room < 2:
             raise ValueError("there is no memory left for a cache: use a smaller model or dtype")
@@ -209,24 +211,27 @@ class LLM:
         found = self._generation.get("eos_token_id")
         if found is None:
             found = list(self.config.eos_token_ids)
-            if not found and self.tokenizer and self.tokenizer.eos_token_id is not None:
-                found = [self.tokenizer.eos_token_id]
-        ids = found if isinstance(found, list) else [found]
-        good = [i for i in ids if isinstance(i, int) and 0 <= i < self.config.vocab_size]
-        if len(good) < len(ids):
-            warnings.warn(
-                f"eos_token_id {found} has ids outside the vocabulary of {self.config.vocab_size}; "
-                "they are ignored",
-                stacklevel=3,
-            )
-        return good
+        ids = list(found) if isinstance(found, list) else [found]
+        # The configs of many chat models name the end of a document, the tokenizer that of a turn.
+        if self.tokenizer and self.tokenizer.eos_token_id not in (None, *ids):
+            ids.append(self.tokenizer.eos_token_id)
+        # Reading the configs has warned of ids outside the vocabulary.
+        return [i for i in ids if isinstance(i, int) and 0 <= i < self.config.vocab_size]
 
     def default_params(self, **overrides: Any) -> SamplingParams:
-        """Sampling parameters as the model's authors recommend, with `overrides` on top."""
-        given = self._generation
+        """Sampling parameters as the model's authors recommend, with `overrides` on top.
+
+        Raises ValueError, naming the file if the wrong value comes from there.
+        """
+        given, file = self._generation, (self.path or Path()) / "generation_config.json"
         values = {k: given[k] for k in GENERATION_DEFAULTS if given.get(k) is not None}
         if given.get("do_sample") is False:
             values = {"temperature": 0.0}
+        values = {name: value for name, value in values.items() if name not in overrides}
+        try:
+            SamplingParams(**values)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
         return SamplingParams(**{**values, **overrides})
 
     def generate(
@@ -248,6 +253,8 @@ class LLM:
         """Replies to conversations, each a list of {"role", "content"} messages, or to one."""
         if self.tokenizer is None or not self.tokenizer.has_chat_template:
             raise ValueError("this model has no chat template: use generate with a prompt")
+        if isinstance(conversations, Mapping):
+            raise ValueError("conversations must be a list of messages, not one message")
         if conversations and isinstance(conversations[0], dict):
             conversations = [conversations]
         prompts = [self.tokenizer.chat_tokens(list(messages)) for messages in conversations]
@@ -255,7 +262,7 @@ class LLM:
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[str]:
         """Pieces of the continuation as they come; joined they are `.text`."""
-        params = self.default_params() if params is None else params
+        params = self._params_for(params, 1)[0]
         if params.n != 1:
             raise ValueError(f"n is {params.n}: a stream has one continuation")
         request_id = self._new_id()
@@ -335,6 +342,12 @@ class LLM:
             return [self.default_params()] * count
         if isinstance(params, SamplingParams):
             return [params] * count
+        if not isinstance(params, Sequence) or not all(
+            isinstance(one, SamplingParams) for one in params
+        ):
+            raise ValueError(
+                "params must be SamplingParams or a list of them: SamplingParams(temperature=0)"
+            )
         if len(params) != count:
             raise ValueError(
                 f"params has {len(params)} entries for {count} prompts: give one or all"
@@ -345,8 +358,8 @@ class LLM:
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
-    items: list[Any] = list(prompts)
-    return [items] if items and all(isinstance(item, int) for item in items) else items
+    items = items_of(prompts, "prompts must be a text, token ids or a list of them")
+    return [items] if items and all(hasattr(item, "__index__") for item in items) else items
 
 
 def device_of(device: str | torch.device) -> torch.device:

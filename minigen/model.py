@@ -137,6 +137,13 @@ class DecoderConfig:
     )
 
     @property
+    def longest_context(self) -> int:
+        """Tokens that the rope was scaled for; some configs keep the length before scaling."""
+        scaled = {"linear": self.max_position_embeddings, "yarn": self.original_max_position}
+        length = scaled.get(self.rope["rope_type"], 0) * self.rope.get("factor", 1.0)
+        return max(self.max_position_embeddings, int(length))
+
+    @property
     def rope_switch(self) -> int:
         """Length above which long rope takes its long factors; 0 = one table for all lengths."""
         return self.original_max_position if self.rope["rope_type"] == "longrope" else 0
@@ -592,11 +599,19 @@ class Decoder(nn.Module):
     def build_rope(self, device: torch.device) -> None:
         """Fills the fp32 tables [P, R/2]; P is max_length, twice that for long rope's two sets."""
         frequencies, scale = rope_frequencies(self.config)
-        steps = torch.arange(self.max_length, dtype=torch.float32)
-        angles_PR = torch.cat([torch.outer(steps, inv) for inv in frequencies])
+        try:
+            steps = torch.arange(self.max_length, dtype=torch.float32)
+            angles_PR = torch.cat([torch.outer(steps, inv) for inv in frequencies])
+            cos_PR, sin_PR = (x.mul_(scale).to(device) for x in (angles_PR.cos(), angles_PR.sin()))
+        except RuntimeError as error:  # the one that allocators raise
+            gib = 2 * len(frequencies) * self.max_length * self.config.rotary_dim / 2 * 4 / 2**30
+            raise ValueError(
+                f"the rope tables of {self.max_length} positions take {gib:.1f} GiB, for which "
+                "there is no memory: pass a smaller max_model_len"
+            ) from error
         # No copy in checkpoints: they are recomputed from the config.
-        self.register_buffer("cos_PR", (angles_PR.cos() * scale).to(device), persistent=False)
-        self.register_buffer("sin_PR", (angles_PR.sin() * scale).to(device), persistent=False)
+        self.register_buffer("cos_PR", cos_PR, persistent=False)
+        self.register_buffer("sin_PR", sin_PR, persistent=False)
         # Gemma was trained with the scale rounded to the weights' dtype.
         embedding_scale = torch.tensor(self.config.embedding_scale, dtype=self.embed.weight.dtype)
         self.register_buffer("embedding_scale", embedding_scale.to(device), persistent=False)
@@ -619,12 +634,7 @@ class Decoder(nn.Module):
         seed: int | None = None,
     ) -> Decoder:
         """A decoder with memory but no values, or with random weights when `seed` is given."""
-        with torch.device("meta"):
-            model = cls(config, max_length)
-        model = model.to(dtype or config.dtype).to_empty(device=device)
-        if config.tie_word_embeddings:
-            model.lm_head.weight = model.embed.weight
-        model.build_rope(torch.device(device))
+        model = cls._on_meta(config, max_length)._allocate(dtype, device)
         if seed is not None:
             generator = torch.Generator(device).manual_seed(seed)
             with torch.no_grad():
@@ -633,6 +643,21 @@ class Decoder(nn.Module):
                         parameter.fill_(1.0 - config.norm_offset)
                     else:
                         parameter.normal_(0.0, 0.02, generator=generator)
+        return model
+
+    @classmethod
+    def _on_meta(cls, config: DecoderConfig, max_length: int | None) -> Decoder:
+        try:
+            with torch.device("meta"):
+                return cls(config, max_length)
+        except RuntimeError as error:  # even without memory, a size must not pass 64 bits
+            raise ValueError(f"config.json: no tensor can have its sizes: {error}") from None
+
+    def _allocate(self, dtype: torch.dtype | None, device: torch.device | str) -> Decoder:
+        model = self.to(dtype or self.config.dtype).to_empty(device=device)
+        if self.config.tie_word_embeddings:
+            model.lm_head.weight = model.embed.weight
+        model.build_rope(torch.device(device))
         return model.eval().requires_grad_(False)
 
     @classmethod
@@ -649,13 +674,21 @@ class Decoder(nn.Module):
 
         Raises:
             CheckpointError: a file or tensor is missing, broken or contradicts the config.
-            ValueError: the config is not supported.
+            ValueError: the config is not supported; `max_length` is above what it allows.
         """
         checkpoint = Checkpoint.open(path)
         config = DecoderConfig.from_hf(read_config(path))
-        model = cls.from_config(config, dtype=dtype, device=device, max_length=max_length)
+        if max_length is not None and max_length > config.longest_context:
+            raise ValueError(
+                f"max_model_len {max_length} is more than the {config.longest_context} tokens that "
+                "the model was made for (max_position_embeddings in its config.json)"
+            )
+        model = cls._on_meta(config, max_length)
+        optional = ("lm_head.weight",) if config.tie_word_embeddings else ()
+        # A config that contradicts the files may ask for more memory than there is.
+        checkpoint.compare(dict(model.checkpoint_tensors()), optional)
+        model = model._allocate(dtype, device)
         with torch.no_grad():
-            optional = ("lm_head.weight",) if config.tie_word_embeddings else ()
             checkpoint.load(dict(model.checkpoint_tensors()), optional, progress=progress)
         return model
 

@@ -11,6 +11,7 @@ same logits.
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeGuard
@@ -110,7 +111,7 @@ class SamplingParams:
                 )
 
     def _wrong(self, name: str, right: str) -> ValueError:
-        return ValueError(f"{name} must be {right}, not {getattr(self, name)!r}")
+        return ValueError(f"{name} must be {right}, not {reprlib.repr(getattr(self, name))}")
 
     def _check_int(
         self,
@@ -189,7 +190,10 @@ def _is_int(value: Any) -> TypeGuard[int]:
 
 
 def _is_number(value: Any) -> bool:
-    return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
+    try:
+        return (_is_int(value) or isinstance(value, float)) and math.isfinite(value)
+    except OverflowError:  # a whole number that no float can hold
+        return False
 
 
 # --- what a step draws ---------------------------------------------------------------------------

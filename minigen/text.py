@@ -12,6 +12,7 @@ class TextStream:
         tokenizer: None gives empty text.
         stop: strings that end the sample.
         include_stop: whether the stop string stays in the text.
+        prompt_ids: what the text continues; stop strings are not looked for in it.
     """
 
     def __init__(
@@ -20,8 +21,9 @@ class TextStream:
         stop: Sequence[str],
         include_stop: bool,
         skip_special_tokens: bool,
+        prompt_ids: Sequence[int] = (),
     ) -> None:
-        self._stream = tokenizer.stream(skip_special_tokens) if tokenizer else None
+        self._stream = tokenizer.stream(skip_special_tokens, prompt_ids) if tokenizer else None
         self._stop, self._include_stop = stop, include_stop
         self._all = ""
         self._num_shown = 0

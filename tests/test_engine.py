@@ -4,7 +4,10 @@ import functools
 import json
 import random
 import re
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given
@@ -16,6 +19,8 @@ from hypothesis.stateful import (
     precondition,
     rule,
 )
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models
 
 from minigen import LLM, SamplingParams
 from minigen.cache import BlockPool
@@ -26,6 +31,8 @@ from minigen.model import Decoder, DecoderConfig
 from minigen.runner import Runner
 from minigen.scheduler import Scheduler
 from minigen.step import StepSize
+from minigen.weights.chat_template import ChatTemplates
+from minigen.weights.tokenizer import Tokenizer
 from tests.reference_models import BY_NAME
 
 VOCAB = 61
@@ -74,6 +81,7 @@ def engine(
     long_rope: bool = False,
     overlap: bool = False,
     decode_graphs: bool = False,
+    tokenizer: Tokenizer | None = None,
 ) -> Engine:
     model = decoder(long_rope)
     runner = Runner(
@@ -87,7 +95,17 @@ def engine(
     )
     pool = BlockPool(num_blocks, block_size, caching)
     scheduler = Scheduler(pool, max_num_seqs, budget, model.config.rope_switch)
-    return Engine(runner, scheduler, None, [0], LIMIT, overlap=overlap)
+    return Engine(runner, scheduler, tokenizer, [0], LIMIT, overlap=overlap)
+
+
+@functools.cache
+def letters(last: str = "}") -> Tokenizer:
+    """A letter for each token, with a space before every second one, which no text begins with."""
+    vocab = {("" if i % 2 else "▁") + chr(ord("A") + i): i for i in range(VOCAB - 1)}
+    vocab[last] = VOCAB - 1
+    backend = Backend(models.BPE(vocab, []))
+    backend.decoder = decoders.Metaspace()
+    return Tokenizer(backend, {}, ChatTemplates({}, {}, Path()))
 
 
 def run(
@@ -412,6 +430,14 @@ def test_prompt_log_probabilities_equal_the_decoders() -> None:
         ([1] * LIMIT, {}, "at most 47"),
         ("text", {}, "no tokenizer"),
         ([1], {"stop": "x"}, "tokenizer"),
+        ([1, True], {}, "integer"),
+        ([1, 2.0], {}, "integer"),
+        (torch.tensor([1.0]), {}, "integer"),
+        (np.array([True]), {}, "integer"),
+        ([torch.tensor(True)], {}, "integer"),
+        ({"prompt": "x"}, {}, "a text or token ids, not dict"),
+        (b"ab", {}, "a text or token ids, not bytes"),
+        (3, {}, "a text or token ids, not int"),
         ([1], {"logit_bias": {VOCAB: 1.0}}, "vocabulary|logit_bias"),
     ],
 )
@@ -420,6 +446,8 @@ def test_bad_requests_are_refused_and_harm_nobody(prompt: object, params: dict, 
     with pytest.raises(ValueError, match=says):
         made.add_request("a", prompt, SamplingParams(**params))  # pyright: ignore[reportArgumentType]
     assert not made.has_unfinished()
+    with pytest.raises(ValueError, match="params must be SamplingParams, not dict"):
+        made.add_request("a", [1], {"temperature": 0})  # pyright: ignore[reportArgumentType]
     made.add_request("a", [1], SamplingParams())
     with pytest.raises(ValueError, match="in use"):
         made.add_request("a", [1], SamplingParams())
@@ -540,6 +568,58 @@ def test_why_a_sample_ended(params: dict, reason: tuple, overlap: bool) -> None:
     assert len(output.token_ids) == (5 if reason[0] == "length" else 1)
 
 
+def text_of(prompt: list[int], tokenizer: Tokenizer | None = None, **params: Any) -> Any:
+    made = engine(tokenizer=tokenizer or letters())
+    made.add_request("a", prompt, SamplingParams(**{"ignore_eos": True, "seed": 1, **params}))
+    outputs = []
+    while made.has_unfinished():
+        outputs = made.step() or outputs
+    return outputs[0].outputs[0]
+
+
+@given(prompts)
+def test_the_text_continues_the_prompts(prompt: list[int]) -> None:
+    output = text_of(prompt, max_tokens=4)
+    whole = letters().decode(prompt + output.token_ids)
+    assert letters().decode(prompt) + output.text == whole
+
+
+@given(st.data(), st.integers(0, 9), st.booleans())
+def test_stop_strings_are_looked_for_behind_min_tokens(
+    data: st.DataObject, min_tokens: int, include: bool
+) -> None:
+    prompt = data.draw(prompts.filter(lambda ids: len(ids) < 20))
+    free = text_of(prompt, max_tokens=9, min_tokens=min_tokens)
+    at = data.draw(st.integers(0, len(free.text) - 1))
+    stop = free.text[at : at + data.draw(st.integers(1, 3))]
+    ended = text_of(
+        prompt, max_tokens=9, min_tokens=min_tokens, stop=stop, include_stop_str_in_output=include
+    )
+    # vLLM's rule: with the first token beyond min_tokens that completes the string.
+    before = letters().decode(prompt)
+    count, text = 9, free.text
+    for n in range(min_tokens + 1, 10):
+        had, has = (
+            letters().decode(prompt + free.token_ids[:k])[len(before) :] for k in (n - 1, n)
+        )
+        found = has.find(stop, max(0, len(had) - len(stop) + 1))
+        if found >= 0:
+            count, text = n, has[: found + include * len(stop)]
+            break
+    assert (len(ended.token_ids), ended.text) == (count, text)
+    assert ended.token_ids == free.token_ids[:count]
+
+
+@pytest.mark.parametrize(("min_tokens", "reason"), [(1, "stop"), (2, "length")])
+def test_what_was_held_back_stops_behind_min_tokens(min_tokens: int, reason: str) -> None:
+    unfinished = "\ufffd"  # held back until another token or the end follows
+    output = text_of(
+        [1], letters(unfinished), logit_bias={VOCAB - 1: 100}, temperature=0,
+        max_tokens=2, min_tokens=min_tokens, stop=unfinished,
+    )  # fmt: skip
+    assert (output.finish_reason, output.text) == (reason, unfinished * 2 * (reason == "length"))
+
+
 def test_a_request_scored_before_long_rope_is_not_scored_again() -> None:
     made, prompt = engine(long_rope=True), list(range(1, 16))
     made.add_request(
@@ -576,6 +656,11 @@ def small_llm(tmp_path_factory) -> LLM:
     return LLM(path, compile="eager", num_cache_blocks=64, progress=False)
 
 
+def path_of(llm: LLM) -> Path:
+    assert llm.path is not None
+    return llm.path
+
+
 def test_scores_are_the_decoders(small_llm: LLM) -> None:
     model = small_llm._runner.model
     many = [[5, 6, 7, 8], [1], list(range(2, 40))]
@@ -608,6 +693,98 @@ def test_a_stream_that_is_dropped_ends_its_request(small_llm: LLM) -> None:
     assert not small_llm.engine.has_unfinished()
 
 
+def edited(path: Path, source: Path, file: str, **changes: Any) -> Path:
+    """A copy of a checkpoint with changes in one of its JSON files."""
+    path.mkdir()
+    for each in source.iterdir():
+        (path / each.name).symlink_to(each)
+    content = json.loads((path / file).read_text()) if (path / file).exists() else {}
+    (path / file).unlink(missing_ok=True)
+    (path / file).write_text(json.dumps({**content, **changes}))
+    return path
+
+
+def test_token_ids_may_be_numpys_or_torchs(small_llm: LLM) -> None:
+    params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+
+    def found(prompt: Any) -> list[list[int]]:
+        outputs = small_llm.generate(prompt, params, progress=False)
+        return [output.outputs[0].token_ids for output in outputs]
+
+    expected = found([[3, 4], [5, 6]])
+    for array in (np.array, torch.tensor):
+        assert found(array([[3, 4], [5, 6]])) == expected
+        assert found([array([3, 4]), array([5, 6])]) == expected
+        assert found(array([3, 4])) == expected[:1]
+        assert found([array(3), array(4)]) == expected[:1]
+    assert found([np.int64(3), 4]) == expected[:1]
+    arrays: Any = np.array([3, 4])
+    output = small_llm.generate(arrays, params, progress=False)[0]
+    assert [type(token) for token in output.prompt_token_ids] == [int, int]
+
+
+def test_inputs_of_another_form_are_refused(small_llm: LLM) -> None:
+    generate: Any = small_llm.generate
+    for prompt in ({"prompt": "x"}, b"x", None, 7):
+        with pytest.raises(ValueError, match="prompts must be a text, token ids or a list of them"):
+            generate(prompt)
+    with pytest.raises(ValueError, match="prompt 0: the prompt must be a text or token ids"):
+        generate([{"prompt": "x"}])
+    for params in ({"temperature": 0}, [{"temperature": 0}], "greedy", 0):
+        with pytest.raises(ValueError, match="params must be SamplingParams or a list of them"):
+            generate([1], params)
+        with pytest.raises(ValueError, match="params must be SamplingParams or a list of them"):
+            small_llm.stream([1], params)  # pyright: ignore[reportArgumentType]
+    assert not small_llm.engine.has_unfinished()
+    wrong: Any = ({"max_model_len": 64.5}, {"max_num_seqs": "8"}, {"block_size": True})
+    for options in wrong:
+        with pytest.raises(ValueError, match="a positive integer is needed"):
+            LLM(path_of(small_llm), **options)
+
+
+def test_a_context_beyond_the_models_is_refused(small_llm: LLM, tmp_path: Path) -> None:
+    options: Any = {"compile": "eager", "progress": False}
+    assert LLM(path_of(small_llm), max_model_len=256, **options).max_model_len == 256
+    with pytest.raises(ValueError, match="max_model_len 257 is more than the 256 tokens"):
+        LLM(path_of(small_llm), max_model_len=257, **options)
+    # The length before scaling: 64 tokens, which the rope stretches to 160.
+    for kind in ("yarn", "linear"):
+        rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.5}
+        changes: Any = {"max_position_embeddings": 64, "rope_parameters": rope}
+        scaled = edited(tmp_path / kind, path_of(small_llm), "config.json", **changes)
+        assert LLM(scaled, **options).max_model_len == 64
+        assert LLM(scaled, max_model_len=160, **options).max_model_len == 160
+        with pytest.raises(ValueError, match="max_model_len 161 is more than the 160 tokens"):
+            LLM(scaled, max_model_len=161, **options)
+
+
+def test_the_tokenizers_end_token_ends_a_text_too(
+    small_llm: LLM, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    path = edited(
+        tmp_path / "chat", path_of(small_llm), "generation_config.json", eos_token_id=[3, 999]
+    )
+    letters()._backend.save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text('{"eos_token": "H"}')
+    llm = LLM(path, compile="eager", progress=False)
+    said = [str(warning.message) for warning in recwarn if "999" in str(warning.message)]
+    assert len(said) == 1
+    for end, ends in ((3, True), (7, True), (8, False)):
+        params = SamplingParams(temperature=0, max_tokens=4, logit_bias={end: 100})
+        output = llm.generate([5], params, progress=False)[0].outputs[0]
+        assert (output.finish_reason == "stop") == ends
+
+
+def test_a_wrong_default_names_its_file(small_llm: LLM, tmp_path: Path) -> None:
+    path = edited(tmp_path / "odd", path_of(small_llm), "generation_config.json", top_p=1.5)
+    llm = LLM(path, compile="eager", progress=False)
+    with pytest.raises(ValueError, match=r"odd/generation_config\.json: top_p must be"):
+        llm.default_params()
+    assert llm.default_params(top_p=0.5).top_p == 0.5
+    with pytest.raises(ValueError, match=r"^min_p must be"):
+        llm.default_params(top_p=0.5, min_p=2.0)
+
+
 def test_the_real_checkpoint_tells_its_story(shared_dir) -> None:
     path = shared_dir / "models" / "stories260K"
     golden = json.loads((path / "golden_greedy.json").read_text())["ids"]
@@ -620,6 +797,12 @@ def test_the_real_checkpoint_tells_its_story(shared_dir) -> None:
     many = [*others[:7], golden[:1], *others[7:]]
     assert llm.generate(many, params, progress=False)[7].outputs[0].token_ids == golden[1:]
     text = alone.outputs[0].text
+    start = llm.tokenizer.decode(golden[:5])  # pyright: ignore[reportOptionalMemberAccess]
+    assert text.startswith(start)  # no space before the first word of all
+    params.max_tokens = 20
+    rest = llm.generate(start, params, progress=False)[0].outputs[0].text
+    assert text.startswith(start + rest)
+    assert "".join(llm.stream(start, params)) == rest
     stop = text[40:52]
     stopping = SamplingParams(temperature=0, max_tokens=200, stop=[stop])
     stopped = llm.generate([golden[:1]], stopping, progress=False)[0].outputs[0]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from minigen import LLM, SamplingParams
 from minigen.model import FAMILIES, Decoder, DecoderConfig, offsets_of, rope_frequencies
+from minigen.weights.errors import CheckpointError
 from tests.reference_models import (
     BY_NAME,
     CASES,
@@ -339,6 +340,43 @@ def test_forward_refuses(tokens: Callable[[], Tensor], words: str):
     decoder(jagged([[1] * 20, [127]]))
     with pytest.raises(ValueError, match=words):
         decoder(tokens())
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        (
+            {"intermediate_size": 2_000_000_000},
+            CheckpointError,
+            "tensor 'model.layers.0.mlp.gate_proj.weight' in .* has shape .*2000000000, 64",
+        ),
+        ({"vocab_size": 2**31 - 1}, CheckpointError, "tensor 'model.embed_tokens.weight' in"),
+        (
+            {"hidden_size": 2**31 - 8, "intermediate_size": 2**31 - 1, "head_dim": 16},
+            ValueError,
+            "config.json: no tensor can have its sizes",
+        ),
+    ],
+)
+def test_a_config_larger_than_its_files_takes_no_memory(
+    tmp_path: Path, monkeypatch, changes: dict[str, int], error: type[ValueError], words: str
+):
+    case = BY_NAME["qwen3"]
+    case.save(case.build(), tmp_path)
+    edit_config(tmp_path, **changes)
+    monkeypatch.setattr(Decoder, "to_empty", lambda *_, **__: pytest.fail("memory was taken"))
+    with pytest.raises(error, match=words):
+        Decoder.from_pretrained(tmp_path, progress=False)
+
+
+def test_rope_tables_without_memory_name_the_option(monkeypatch):
+    def refuse(*_: object) -> Tensor:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    config = DecoderConfig.from_hf({"model_type": "llama", **SMALL})
+    monkeypatch.setattr(torch, "outer", refuse)
+    with pytest.raises(ValueError, match=r"rope tables of 131072 positions take .* max_model_len"):
+        Decoder.from_config(config, max_length=131072)
 
 
 def test_max_length_must_be_positive():

@@ -91,6 +91,13 @@ def test_each_parameter_has_its_range(name, good, bad):
         assert any(repr(part) in str(error.value) for part in parts)
 
 
+def test_a_number_that_no_float_holds_is_refused():
+    for name in ("temperature", "repetition_penalty", "top_p", "presence_penalty"):
+        with pytest.raises(ValueError, match=rf"^{name} must be a finite number") as error:
+            SamplingParams(**{name: 10**400})
+        assert len(str(error.value)) < 200
+
+
 def test_what_is_stored():
     params = SamplingParams(stop="END", stop_token_ids=(1, 2), logit_bias={"7": 1, "007": 2})
     assert (params.stop, params.stop_token_ids) == (["END"], [1, 2])

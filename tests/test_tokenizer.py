@@ -5,8 +5,10 @@ import lzma
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from datetime import datetime
 from functools import cache
+from os.path import commonprefix
 from pathlib import Path
 
 import pytest
@@ -127,8 +129,10 @@ def saved(path: Path, backend: Backend, **config: object) -> Tokenizer:
     return tokenizer
 
 
-def streamed(tokenizer: Tokenizer, ids: list[int], skip: bool = True) -> list[str]:
-    stream = tokenizer.stream(skip)
+def streamed(
+    tokenizer: Tokenizer, ids: list[int], skip: bool = True, prompt: Sequence[int] = ()
+) -> list[str]:
+    stream = tokenizer.stream(skip, prompt)
     return [*(stream.push(i) for i in ids), stream.flush()]
 
 
@@ -145,6 +149,43 @@ def test_pieces_join_to_the_whole(name, load, data, skip):
     tail = st.integers(tokenizer.vocab_size - 10, tokenizer.vocab_size)
     ids = data.draw(st.lists(token_ids | tail, max_size=40))
     assert "".join(streamed(tokenizer, ids, skip)) == tokenizer.decode(ids, skip)
+
+
+@pytest.mark.parametrize("name", [*BUILT, *REAL])
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), skip=st.booleans())
+def test_pieces_join_to_what_they_add_to_a_prompt(name, load, data, skip):
+    tokenizer = load(name)
+    token_ids = st.integers(-1, tokenizer.vocab_size + 2) | st.integers(0, 260)
+    prompt, ids = (data.draw(st.lists(token_ids, max_size=30)) for _ in range(2))
+    before, whole = tokenizer.decode(prompt, skip), tokenizer.decode(prompt + ids, skip)
+    # Where the prompt ends in half a character, the two differ from there on.
+    added = whole[len(commonprefix([before, whole])) :]  # noqa: RUF071
+    assert "".join(streamed(tokenizer, ids, skip, prompt)) == added
+
+
+def test_a_continuation_is_no_start_of_a_text(load):
+    tokenizer = load("metaspace")
+    end, start = tokenizer.encode("<|im_end|>", False), tokenizer.encode("a", False)
+    ids = tokenizer.encode("a th a", False)[1:]
+    assert streamed(tokenizer, ids, prompt=start) == [" th", " a", ""]
+    assert streamed(tokenizer, ids, prompt=[*start, *end]) == [" th", " a", ""]
+    assert streamed(tokenizer, ids, prompt=end) == ["th", " a", ""]
+    assert streamed(tokenizer, [], prompt=start) == [""]
+
+
+@pytest.mark.parametrize("name", ["bytes", "metaspace"])
+def test_a_prompt_may_end_in_characters_of_several_tokens(name, load):
+    tokenizer = load(name)
+    start, check = tokenizer.encode("a", False), tokenizer.encode("✓", False)[-3:]
+
+    def continued(prompt: list[int], ids: list[int]) -> str:
+        return "".join(streamed(tokenizer, ids, prompt=prompt))
+
+    assert continued([*start, *check], tokenizer.encode("a a", False)[1:]) == " a"
+    assert continued([*start, *check * 4], check) == "✓"
+    assert continued([*start, *check[:2]], check[2:]) == "✓"
+    assert continued([*start, *check], check[:1])[:1] == "\ufffd"
 
 
 # Not smollm2: its vocabulary lacks a few bytes.
@@ -190,6 +231,18 @@ def test_token_text(load):
 
 
 # Encoding
+
+
+def test_half_a_surrogate_pair_is_no_text(load):
+    tokenizer = load("bytes")
+    with pytest.raises(ValueError, match=r"half a surrogate pair at position 2: '\\ud800'"):
+        tokenizer.encode("a \ud800 x")
+    for messages in (
+        [{"role": "user", "content": "\udfff"}],
+        [{"role": "user", "content": "<|im_end|>"}, {"role": "assistant", "content": "\ud800"}],
+    ):
+        with pytest.raises(ValueError, match="half a surrogate pair at position"):
+            tokenizer.chat_tokens(messages)
 
 
 @pytest.mark.parametrize("name", ["bytes", "qwen3"])
@@ -356,6 +409,16 @@ def test_named_templates_and_where_they_lie(tmp_path):
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
     with pytest.raises(CheckpointError, match=r"chat_template\.jinja cannot be read"):
         rendered(tmp_path, named)
+
+
+@pytest.mark.parametrize("empty", ["", " \n", [{"name": "default", "template": ""}]])
+def test_an_empty_template_is_none(tmp_path, empty):
+    assert not saved(tmp_path, built_backend("bytes"), chat_template=empty).has_chat_template
+    (tmp_path / "chat_template.jinja").write_text("")
+    assert not saved(tmp_path, built_backend("bytes"), chat_template=empty).has_chat_template
+    assert rendered(tmp_path, "t") == "t"
+    with pytest.raises(CheckpointError, match="neither a string nor a list"):
+        rendered(tmp_path, [{"name": "default", "template": None}])
 
 
 def test_without_a_template(tmp_path):

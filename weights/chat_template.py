@@ -50,17 +50,17 @@ class ChatTemplates:
     ) -> "ChatTemplates":
         """Templates of `tokenizer_config`, then of `chat_template.jinja`, then of the directories.
 
-        A later one replaces an earlier one of its name. `variables` are the special tokens by
-        their names (`bos_token`, …), which a template may use.
+        A later one replaces an earlier one of its name; an empty one is none. `variables` are the
+        special tokens by their names (`bos_token`, …), which a template may use.
         """
         sources: dict[str, str] = {}
         given = tokenizer_config.get("chat_template")
         if isinstance(given, str):
-            sources[DEFAULT] = given
-        elif isinstance(given, list):
+            given = [{"name": DEFAULT, "template": given}]
+        if isinstance(given, list):
             try:
-                sources.update({entry["name"]: entry["template"] for entry in given})
-            except (TypeError, KeyError):
+                sources.update({e["name"]: e["template"] for e in given if e["template"].strip()})
+            except (TypeError, KeyError, AttributeError):
                 raise CheckpointError(
                     f"chat_template in {path / 'tokenizer_config.json'} is neither a string nor a "
                     "list of objects with a name and a template"
@@ -71,9 +71,11 @@ class ChatTemplates:
         for name, file in files.items():
             if file.exists():
                 try:
-                    sources[name] = file.read_text(encoding="utf-8")
+                    source = file.read_text(encoding="utf-8")
                 except (OSError, UnicodeError) as error:
                     raise CheckpointError(f"{file} cannot be read as text: {error}") from None
+                if source.strip():
+                    sources[name] = source
         return cls(sources, variables, path)
 
     def select(self, name: str | None = None, with_tools: bool = False) -> str:

@@ -83,12 +83,10 @@ class Checkpoint:
     ) -> None:
         """Copy each tensor of the files into the target of its name, converting dtype and device.
 
-        Everything is compared before the first byte is copied: CheckpointError names a tensor that
-        is missing from the files, is in them but in neither `targets` nor `optional`, or has
-        another shape than its target. A name in both may be missing. `progress` shows a bar on
-        stderr, at once on a terminal and after two seconds elsewhere.
+        Everything is compared, as `compare` does, before the first byte is copied. `progress` shows
+        a bar on stderr, at once on a terminal and after two seconds elsewhere.
         """
-        self._compare(targets, optional)
+        self.compare(targets, optional)
         wanted = sorted(
             (name for name in targets if name in self.tensors),
             key=lambda name: (self.tensors[name].file, self.tensors[name].start),
@@ -110,7 +108,12 @@ class Checkpoint:
                 for num_bytes in _copy_file(file, [(self.tensors[n], targets[n]) for n in names]):
                     bar.update(num_bytes)
 
-    def _compare(self, targets: Mapping[str, torch.Tensor], optional: Collection[str]) -> None:
+    def compare(self, targets: Mapping[str, torch.Tensor], optional: Collection[str] = ()) -> None:
+        """Raise CheckpointError where `load` could not fill the targets, which may be on "meta".
+
+        It names a tensor that is missing from the files, is in them but in neither `targets` nor
+        `optional`, or has another shape than its target. A name in both may be missing.
+        """
         missing = [n for n in targets if n not in self.tensors and n not in optional]
         if missing:
             raise CheckpointError(

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ _SPECIAL_NAMES = tuple(
     f"{name}_token" for name in ("bos", "eos", "unk", "pad", "sep", "cls", "mask")
 )
 _UNFINISHED = "\ufffd"  # what an incomplete character decodes to
+# Tokens of a prompt that its continuation is decoded behind; a character has at most four.
+_NUM_READ_BEFORE = 8
 
 
 class Tokenizer:
@@ -70,7 +73,11 @@ class Tokenizer:
         return cls(backend, special_tokens, templates, config.get("add_bos_token"))
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text; by default with the BOS that the checkpoint asks for, never two."""
+        """Token ids of a text; by default with the BOS that the checkpoint asks for, never two.
+
+        Raises ValueError for half a surrogate pair, which is no text.
+        """
+        _check_text(text)
         ids = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         bos = self.bos_token_id
         if add_special_tokens and self._add_bos_token and bos is not None and ids[:1] != [bos]:
@@ -83,9 +90,11 @@ class Tokenizer:
             [i for i in ids if 0 <= i < self.vocab_size], skip_special_tokens=skip_special_tokens
         )
 
-    def stream(self, skip_special_tokens: bool = True) -> "DecodeStream":
-        """A decoder that takes one id at a time."""
-        return DecodeStream(self, skip_special_tokens)
+    def stream(
+        self, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = ()
+    ) -> "DecodeStream":
+        """A decoder that takes one id at a time and gives the text behind that of `prompt_ids`."""
+        return DecodeStream(self, skip_special_tokens, prompt_ids)
 
     def token_text(self, token_id: int) -> str:
         """One token as it reads inside a text, its leading space included."""
@@ -111,13 +120,13 @@ class Tokenizer:
         `messages` are dicts with a `role` and what the template reads, `content` above all;
         `variables` go to the template. Text in them that looks like a control token stays text.
         Raises ValueError for messages of another form, without a template, and where the template
-        refuses the conversation.
+        refuses the conversation, or where it has half a surrogate pair.
         """
         _check_messages(messages)
         name = self._templates.select(template_name, with_tools=tools is not None)
 
         def render(messages: Sequence[Mapping[str, Any]], tools: Any) -> str:
-            return self._templates.render(
+            text = self._templates.render(
                 name,
                 messages,
                 tools=tools,
@@ -125,6 +134,8 @@ class Tokenizer:
                 add_generation_prompt=add_generation_prompt,
                 **variables,
             )
+            _check_text(text)
+            return text
 
         return self._guard.encode(render, messages, tools, self._templates.sources[name])
 
@@ -141,28 +152,30 @@ class Tokenizer:
 class DecodeStream:
     """Decodes one token at a time; the pieces and the flush join to the decoding of all ids.
 
+    With a prompt they join to what the ids add to it: decoders drop the space at the start of a
+    text, and a continuation is none. A character that the prompt leaves unfinished comes whole.
+
     What a token adds is the difference between two decodings of a short window, with and without
     it: decoders treat the start of a text in their own ways, and the window's first tokens take
     that part. A piece is held back while a later token could still change it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool):
+    def __init__(
+        self, tokenizer: Tokenizer, skip_special_tokens: bool, prompt_ids: Sequence[int] = ()
+    ):
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
-        self._window: list[int] = []
-        self._num_read = 0  # tokens of the window whose text has been given out
-        self._read_text = ""
+        self._window = self._end_of(prompt_ids)
+        self._num_read = len(self._window)  # tokens of the window whose text has been given out
+        self._read_text = self._decode(self._window)
 
     def push(self, token_id: int) -> str:
         """The text that is certain now and was not before, perhaps empty."""
-        tokenizer = self._tokenizer
-        if self._skip_special_tokens and token_id in tokenizer._skipped_ids:
-            return ""
-        if not 0 <= token_id < tokenizer.vocab_size:
+        if not self._has_text(token_id):
             return ""
         self._window.append(token_id)
         # A run of byte tokens is decoded as a whole: one more may make all of it invalid.
-        if token_id in tokenizer._byte_ids:
+        if token_id in self._tokenizer._byte_ids:
             return ""
         text = self._decode(self._window)
         if len(text) <= len(self._read_text) or text.endswith(_UNFINISHED):
@@ -174,14 +187,41 @@ class DecodeStream:
         return self._give(self._decode(self._window))
 
     def _give(self, text: str) -> str:
-        piece = text[len(self._read_text) :]
+        # What was read stays, but for half a character at the end of the prompt.
+        num_same = len(commonprefix([self._read_text, text]))  # noqa: RUF071 - characters are meant
+        piece = text[num_same:]
         self._window = self._window[self._num_read :]
         self._num_read = len(self._window)
         self._read_text = self._decode(self._window)
         return piece
 
+    def _end_of(self, prompt_ids: Sequence[int]) -> list[int]:
+        """Its last ids that have text, not cut within a run of byte tokens."""
+        end: list[int] = []
+        for token_id in reversed(prompt_ids):
+            if self._has_text(token_id):
+                end.append(token_id)
+                if len(end) >= _NUM_READ_BEFORE and token_id not in self._tokenizer._byte_ids:
+                    break
+        return end[::-1]
+
+    def _has_text(self, token_id: int) -> bool:
+        if self._skip_special_tokens and token_id in self._tokenizer._skipped_ids:
+            return False
+        return 0 <= token_id < self._tokenizer.vocab_size
+
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=self._skip_special_tokens)
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the text has half a surrogate pair at position {error.start}: "
+            f"{text[error.start]!r} alone is no character"
+        ) from None
 
 
 def _byte_fallback_ids(backend: Backend) -> frozenset[int]:
