@@ -12,7 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
 HOPPER = GPUTarget("cuda", 90, 32)
-FLOAT_ARGUMENTS = ("score_scale", "cap_scale")
+FLOAT_ARGUMENTS = ("score_scale", "cap_scale", "scale")
 
 
 class Compiled(NamedTuple):
@@ -51,7 +51,7 @@ def compile_ahead(
             return "*i64"
         if name.startswith(("cu_seqlens", "kv_lens", "block_table")):
             return "*i32"
-        if name in ("lse_ptr", "part_ptr"):
+        if name in ("lse_ptr", "dlse_ptr", "shift_ptr", "delta_ptr", "part_ptr"):
             return "*fp32"
         if name.endswith("_ptr"):
             return f"*{floats}"
