@@ -137,10 +137,13 @@ struct Dot<at::BFloat16> {
 };
 #endif
 
-template <typename T, int M, int N>
+// out[M rows, N columns] = x[M, depth] * weight[N, depth]^T + bias, rows of x and weight apart by
+// their strides.
+template <typename T, typename Out, int M, int N>
 void dot_tile(
-    const T* x, int64_t x_stride, const T* weight, int64_t depth, const float* bias, T* out,
-    int64_t out_stride) {
+    const T* x, int64_t x_stride, const T* weight, int64_t weight_stride, int64_t depth,
+    const float* bias, Out* out, int64_t out_stride) {
+  static_assert(M * N <= 2 * LANES && (N == 4 || N == 1));
   Vec sums[M][N];
   for (int m = 0; m < M; ++m)
     for (int n = 0; n < N; ++n) sums[m][n] = Vec(0.0f);
@@ -148,7 +151,7 @@ void dot_tile(
   auto step = [&](int64_t count) {
     typename Dot<T>::Piece pieces[N];
 #pragma GCC unroll 8
-    for (int n = 0; n < N; ++n) pieces[n] = Dot<T>::load(weight + n * depth + at, count);
+    for (int n = 0; n < N; ++n) pieces[n] = Dot<T>::load(weight + n * weight_stride + at, count);
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
       auto piece = Dot<T>::load(x + m * x_stride + at, count);
@@ -159,8 +162,7 @@ void dot_tile(
   for (; at + Dot<T>::SIZE <= depth; at += Dot<T>::SIZE) step(Dot<T>::SIZE);
   if (at < depth) step(depth - at);
   float values[2 * LANES] = {};
-  static_assert(M * N <= 2 * LANES && (N == 4 || N == 1));
-  T narrowed[2 * LANES];
+  Out narrowed[2 * LANES];
   for (int m = 0; m < M; ++m) {
     if constexpr (N == 4) {
       sums_of(sums[m], values + m * N);
@@ -170,23 +172,22 @@ void dot_tile(
     }
   }
   narrow(values, M * N, narrowed);
-  for (int m = 0; m < M; ++m) std::memcpy(out + m * out_stride, narrowed + m * N, N * sizeof(T));
+  for (int m = 0; m < M; ++m) std::memcpy(out + m * out_stride, narrowed + m * N, N * sizeof(Out));
 }
 
-template <typename T, int N>
+template <typename T, typename Out, int N>
 void dot_rows(
-    const T* x, int64_t x_stride, int64_t rows, const T* weight, int64_t depth, const float* bias,
-    T* out, int64_t out_stride) {
+    const T* x, int64_t x_stride, int64_t rows, const T* weight, int64_t weight_stride,
+    int64_t depth, const float* bias, Out* out, int64_t out_stride) {
+  auto tile = [&](int64_t m, auto count) {
+    dot_tile<T, Out, count, N>(
+        x + m * x_stride, x_stride, weight, weight_stride, depth, bias, out + m * out_stride,
+        out_stride);
+  };
   int64_t m = 0;
-  for (; m + 4 <= rows; m += 4)
-    dot_tile<T, 4, N>(
-        x + m * x_stride, x_stride, weight, depth, bias, out + m * out_stride, out_stride);
-  for (; m + 2 <= rows; m += 2)
-    dot_tile<T, 2, N>(
-        x + m * x_stride, x_stride, weight, depth, bias, out + m * out_stride, out_stride);
-  for (; m < rows; ++m)
-    dot_tile<T, 1, N>(
-        x + m * x_stride, x_stride, weight, depth, bias, out + m * out_stride, out_stride);
+  for (; m + 4 <= rows; m += 4) tile(m, std::integral_constant<int, 4>());
+  for (; m + 2 <= rows; m += 2) tile(m, std::integral_constant<int, 2>());
+  for (; m < rows; ++m) tile(m, std::integral_constant<int, 1>());
 }
 
 template <typename T>
@@ -211,12 +212,14 @@ void linear_rows(
       float biases[N] = {};
       for (int64_t i = 0; i < count && bias; ++i) biases[i] = float(bias[n + i]);
       if (count == N) {
-        dot_rows<T, N>(x, x_stride, rows, weight + n * depth, depth, biases, out + n, outputs);
+        dot_rows<T, T, N>(
+            x, x_stride, rows, weight + n * depth, depth, depth, biases, out + n, outputs);
         continue;
       }
       for (int64_t i = 0; i < count; ++i)
-        dot_rows<T, 1>(
-            x, x_stride, rows, weight + (n + i) * depth, depth, biases + i, out + n + i, outputs);
+        dot_rows<T, T, 1>(
+            x, x_stride, rows, weight + (n + i) * depth, depth, depth, biases + i, out + n + i,
+            outputs);
     }
   });
 }
@@ -408,46 +411,96 @@ float soften(float* score, int64_t low, int64_t high, const Problem& p, float& m
   return shrink;
 }
 
+// sum[M rows, head_dim] += weight[M, count] * v[count, head_dim]
+template <typename T, int M>
+void add_values(
+    const float* weight, const T* v, int64_t v_stride, int64_t count, float* sum, const Problem& p) {
+  for (int64_t d = 0; d < p.head_dim; d += 2 * LANES) {
+    Vec low[M], high[M];
+    for (int m = 0; m < M; ++m) {
+      low[m] = Vec::loadu(sum + m * p.width + d);
+      high[m] = Vec::loadu(sum + m * p.width + d + LANES);
+    }
+    for (int64_t c = 0; c < count; ++c) {
+      const auto pair = load_pair(v + c * v_stride + d, p.head_dim - d);
+      for (int m = 0; m < M; ++m) {
+        const Vec factor(weight[m * KEYS + c]);
+        low[m] = at::vec::fmadd(factor, pair.low, low[m]);
+        high[m] = at::vec::fmadd(factor, pair.high, high[m]);
+      }
+    }
+    for (int m = 0; m < M; ++m) {
+      low[m].store(sum + m * p.width + d);
+      high[m].store(sum + m * p.width + d + LANES);
+    }
+  }
+}
+
+// A tile of keys from `start` on, for each run of them that lies together in the cache:
+// work(the run's first key in the tile, how many, the first one's element).
+template <typename Work>
+void for_each_run(
+    const Item& item, const Problem& p, int64_t start, int64_t count, const Work& work) {
+  const int32_t* blocks = p.table + item.seq * p.table_stride;
+  for (int64_t c = 0; c < count;) {
+    const int64_t key = start + c, offset = key % p.block_size;
+    const int64_t row = blocks[key / p.block_size] * p.block_size + offset;
+    const int64_t length = std::min(count - c, p.block_size - offset);
+    work(c, length, (row * p.num_kv_heads + item.head) * p.head_dim);
+    c += length;
+  }
+}
+
 template <typename T>
 void attend(
     const Item& item, const Problem& p, const T* q, const T* k_cache, const T* v_cache,
     Scratch& s) {
   const int64_t rows = item.num_queries * p.group, width = p.width;
+  const int64_t key_stride = p.num_kv_heads * p.head_dim;
   const int64_t first_token = p.offsets[item.seq] + item.query;
   const int64_t num_keys = p.kv_lens[item.seq];
   const int64_t position =
       item.query + num_keys - (p.offsets[item.seq + 1] - p.offsets[item.seq]);
-  for (int64_t r = 0; r < rows; ++r)
-    widen(
-        q + (first_token + r / p.group) * p.q_stride_t +
-            (item.head * p.group + r % p.group) * p.q_stride_h,
-        s.q + r * width, p.head_dim, width);
+  const bool few = rows < FEW_ROWS;
+  T* q_rows = reinterpret_cast<T*>(s.q);  // few rows stay as they are
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* from = q + (first_token + r / p.group) * p.q_stride_t +
+                    (item.head * p.group + r % p.group) * p.q_stride_h;
+    if (few)
+      std::memcpy(q_rows + r * p.head_dim, from, p.head_dim * sizeof(T));
+    else
+      widen(from, s.q + r * width, p.head_dim, width);
+  }
   std::fill(s.sum, s.sum + rows * width, 0.0f);
   std::fill(s.row_max, s.row_max + rows, NOTHING);
   std::fill(s.row_sum, s.row_sum + rows, 0.0f);
 
-  const int32_t* blocks = p.table + item.seq * p.table_stride;
   for (int64_t start = item.begin; start < item.end; start += KEYS) {
     const int64_t count = std::min(KEYS, item.end - start);
-    for (int64_t c = 0; c < count; ++c) {
-      const int64_t key = start + c;
-      const int64_t row = blocks[key / p.block_size] * p.block_size + key % p.block_size;
-      const int64_t at = (row * p.num_kv_heads + item.head) * p.head_dim;
-      widen(k_cache + at, s.k + c * width, p.head_dim, width);
-      widen(v_cache + at, s.v + c * width, p.head_dim, width);
-    }
-    if (rows < FEW_ROWS) {
-      for (int64_t c = 0; c < count; ++c)
-        for (int64_t r = 0; r < rows; ++r) {
-          Vec low(0.0f), high(0.0f);
-          for (int64_t d = 0; d < width; d += 2 * LANES) {
-            low = at::vec::fmadd(Vec::loadu(s.q + r * width + d), Vec::loadu(s.k + c * width + d), low);
-            high = at::vec::fmadd(
-                Vec::loadu(s.q + r * width + d + LANES), Vec::loadu(s.k + c * width + d + LANES), high);
+    if (few) {
+      const float no_bias[4] = {};
+      for_each_run(item, p, start, count, [&](int64_t c, int64_t length, int64_t at) {
+        for (int64_t i = 0; i < length;) {
+          const T* k = k_cache + at + i * key_stride;
+          float* score = s.score + c + i;
+          if (i + 4 <= length) {
+            dot_rows<T, float, 4>(
+                q_rows, p.head_dim, rows, k, key_stride, p.head_dim, no_bias, score, KEYS);
+            i += 4;
+          } else {
+            dot_rows<T, float, 1>(
+                q_rows, p.head_dim, rows, k, key_stride, p.head_dim, no_bias, score, KEYS);
+            i += 1;
           }
-          s.score[r * KEYS + c] = sum_of(low + high);
         }
+      });
     } else {
+      for_each_run(item, p, start, count, [&](int64_t c, int64_t length, int64_t at) {
+        for (int64_t i = 0; i < length; ++i) {
+          widen(k_cache + at + i * key_stride, s.k + (c + i) * width, p.head_dim, width);
+          widen(v_cache + at + i * key_stride, s.v + (c + i) * width, p.head_dim, width);
+        }
+      });
       for (int64_t d = 0; d < p.head_dim; ++d)
         for (int64_t c = 0; c < count; ++c) s.k_turned[d * KEYS + c] = s.k[c * width + d];
       std::fill(s.score, s.score + rows * KEYS, 0.0f);
@@ -464,7 +517,20 @@ void attend(
         for (int64_t d = 0; d < width; d += LANES)
           (Vec::loadu(s.sum + r * width + d) * Vec(shrink)).store(s.sum + r * width + d);
     }
-    add_product(s.score, KEYS, s.v, width, s.sum, width, rows, width, count);
+    if (!few) {
+      add_product(s.score, KEYS, s.v, width, s.sum, width, rows, width, count);
+      continue;
+    }
+    for_each_run(item, p, start, count, [&](int64_t c, int64_t length, int64_t at) {
+      const T* v = v_cache + at;
+      int64_t r = 0;
+      for (; r + 3 <= rows; r += 3)
+        add_values<T, 3>(
+            s.score + r * KEYS + c, v, key_stride, length, s.sum + r * width, p);
+      for (; r < rows; ++r)
+        add_values<T, 1>(
+            s.score + r * KEYS + c, v, key_stride, length, s.sum + r * width, p);
+    });
   }
 }
 
