@@ -14,7 +14,9 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -162,17 +164,22 @@ void dot_tile(
   for (; at + Dot<T>::SIZE <= depth; at += Dot<T>::SIZE) step(Dot<T>::SIZE);
   if (at < depth) step(depth - at);
   float values[2 * LANES] = {};
-  Out narrowed[2 * LANES];
   for (int m = 0; m < M; ++m) {
-    if constexpr (N == 4) {
+    if constexpr (N == 4)
       sums_of(sums[m], values + m * N);
-      for (int n = 0; n < N; ++n) values[m * N + n] += bias[n];
-    } else {
-      values[m] = sum_of(sums[m][0]) + bias[0];
-    }
+    else
+      values[m] = sum_of(sums[m][0]);
   }
-  narrow(values, M * N, narrowed);
-  for (int m = 0; m < M; ++m) std::memcpy(out + m * out_stride, narrowed + m * N, N * sizeof(Out));
+  if constexpr (std::is_same_v<Out, float>) {
+    for (int m = 0; m < M; ++m)
+      for (int n = 0; n < N; ++n) out[m * out_stride + n] = values[m * N + n] + bias[n];
+  } else {
+    for (int i = 0; i < M * N; ++i) values[i] += bias[i % N];
+    Out narrowed[2 * LANES];
+    narrow(values, M * N, narrowed);
+    for (int m = 0; m < M; ++m)
+      std::memcpy(out + m * out_stride, narrowed + m * N, N * sizeof(Out));
+  }
 }
 
 template <typename T, typename Out, int N>
@@ -186,6 +193,7 @@ void dot_rows(
   };
   int64_t m = 0;
   for (; m + 4 <= rows; m += 4) tile(m, std::integral_constant<int, 4>());
+  for (; m + 3 <= rows; m += 3) tile(m, std::integral_constant<int, 3>());
   for (; m + 2 <= rows; m += 2) tile(m, std::integral_constant<int, 2>());
   for (; m < rows; ++m) tile(m, std::integral_constant<int, 1>());
 }
