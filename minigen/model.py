@@ -439,6 +439,14 @@ def jagged(values_T: Tensor, offsets_S1: Tensor) -> Tensor:
     return nested_view_from_values_offsets(values_T, offsets_S1)
 
 
+class Linear(nn.Linear):
+    """Computes in the dtype of its input: in training the weights are fp32, the rest is bf16."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return F.linear(input, self.weight.to(input.dtype), bias)
+
+
 class RMSNorm(nn.Module):
     """Root mean square norm over the last dimension, computed in fp32 (arXiv 1910.07467)."""
 
@@ -488,10 +496,12 @@ class Attention(nn.Module):
         self.config = config
         H, K, D = config.num_heads, config.num_kv_heads, config.head_dim
         self.layer = layer
+        # Not looked up by layer: compiled code would hold for that layer alone.
+        self.rotates = config.layer_rope[layer]
         window = config.layer_windows[layer]
         self.window_size = (window - 1, 0) if window else (-1, -1)
-        self.qkv_proj = nn.Linear(config.hidden_size, (H + 2 * K) * D, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(H * D, config.hidden_size, bias=config.o_bias)
+        self.qkv_proj = Linear(config.hidden_size, (H + 2 * K) * D, bias=config.qkv_bias)
+        self.o_proj = Linear(H * D, config.hidden_size, bias=config.o_bias)
         if config.qk_norm:
             self.q_norm = RMSNorm(D, config.rms_norm_eps, 0.0)
             self.k_norm = RMSNorm(D, config.rms_norm_eps, 0.0)
@@ -504,7 +514,7 @@ class Attention(nn.Module):
         q_THD, k_TKD, v_TKD = qkv.split((H, K, K), 1)
         if config.qk_norm:
             q_THD, k_TKD = self.q_norm(q_THD), self.k_norm(k_TKD)
-        if config.layer_rope[self.layer]:
+        if self.rotates:
             q_THD = apply_rope(q_THD, cos_TR, sin_TR)
             k_TKD = apply_rope(k_TKD, cos_TR, sin_TR)
         options = {
@@ -528,8 +538,8 @@ class MLP(nn.Module):
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         E, hidden = config.hidden_size, config.intermediate_size
-        self.gate_up_proj = nn.Linear(E, 2 * hidden, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(hidden, E, bias=config.mlp_bias)
+        self.gate_up_proj = Linear(E, 2 * hidden, bias=config.mlp_bias)
+        self.down_proj = Linear(hidden, E, bias=config.mlp_bias)
         self.activation = _ACTIVATIONS[config.activation]
 
     def forward(self, x_SjE: Tensor) -> Tensor:
@@ -548,12 +558,20 @@ class Block(nn.Module):
         self.input_norm, self.mlp_norm = norm(), norm()
         self.post_attention_norm = norm() if config.post_norms else None
         self.post_mlp_norm = norm() if config.post_norms else None
+        self.dropout = 0.0  # of what attention and MLP add; only while training
 
     def forward(self, x_SjE: Tensor, cos_TR: Tensor, sin_TR: Tensor, kv: PagedKV | None) -> Tensor:
         out = self.attention(self.input_norm.jagged(x_SjE), cos_TR, sin_TR, kv)
-        x_SjE = x_SjE + (self.post_attention_norm.jagged(out) if self.post_attention_norm else out)
+        out = self.post_attention_norm.jagged(out) if self.post_attention_norm else out
+        x_SjE = x_SjE + self._dropped(out)
         out = self.mlp(self.mlp_norm.jagged(x_SjE))
-        return x_SjE + (self.post_mlp_norm.jagged(out) if self.post_mlp_norm else out)
+        out = self.post_mlp_norm.jagged(out) if self.post_mlp_norm else out
+        return x_SjE + self._dropped(out)
+
+    def _dropped(self, x_SjE: Tensor) -> Tensor:
+        if self.dropout == 0.0 or not self.training:
+            return x_SjE
+        return jagged(F.dropout(x_SjE.values(), self.dropout), offsets_of(x_SjE))
 
 
 class Decoder(nn.Module):
@@ -573,7 +591,7 @@ class Decoder(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm_offset)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed.weight
         self.cos_PR: Tensor
@@ -689,6 +707,11 @@ class Decoder(nn.Module):
             else:
                 yield at + "post_attention_layernorm.weight", block.mlp_norm.weight.data
 
+    def embedded(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+        """Embeddings [..., E] of token ids, dense or jagged, in the dtype to compute in."""
+        x = F.embedding(tokens, self.embed.weight).to(dtype)
+        return x * self.embedding_scale.to(dtype) if self.config.embedding_scale != 1.0 else x
+
     def hidden_states(
         self,
         tokens_T: Tensor,
@@ -701,10 +724,7 @@ class Decoder(nn.Module):
         tokens_T, positions_T int64 (positions are rows of the rope table: long rope's long
         factors start at row `max_length`), cu_seqlens_S1 int32 from 0 to T.
         """
-        tokens_Sj = jagged(tokens_T, cu_seqlens_S1)
-        x_SjE = F.embedding(tokens_Sj, self.embed.weight)
-        if self.config.embedding_scale != 1.0:
-            x_SjE = x_SjE * self.embedding_scale
+        x_SjE = self.embedded(jagged(tokens_T, cu_seqlens_S1), self.embed.weight.dtype)
         cos_TR, sin_TR = self.cos_PR[positions_T], self.sin_PR[positions_T]
         for block in self.blocks:
             x_SjE = block(x_SjE, cos_TR, sin_TR, kv)
