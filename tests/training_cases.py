@@ -73,7 +73,7 @@ def make_inputs(path: Path) -> Path:
     code = main(
         [
             *("train-tokenizer", "--data", str(path / "texts.jsonl")),
-            *("--data", str(path / "chats.jsonl.xz"), "--vocab-size", "300"),
+            *("--data", str(path / "chats.jsonl.xz"), "--vocab-size", "280"),
             *("--special-token", "<|user|>", "--special-token", "<|assistant|>"),
             *("--chat-template", str(path / "template.jinja"), "--output", str(path / "tok")),
         ]
