@@ -107,6 +107,27 @@ def check_varlen(
     )
 
 
+def check_varlen_gradients(
+    q_THD: Tensor, out_THD: Tensor, lse_HT: Tensor, dout_THD: Tensor, dlse_HT: Tensor
+) -> None:
+    """Raises ValueError unless outputs and their gradients fit queries that `check_varlen` took."""
+    num_tokens, num_heads, _ = q_THD.shape
+    of_lse = (num_heads, num_tokens), torch.promote_types(q_THD.dtype, torch.float32)
+    of_out = tuple(q_THD.shape), q_THD.dtype
+    for name, tensor, (shape, dtype) in (
+        ("out", out_THD, of_out),
+        ("lse", lse_HT, of_lse),
+        ("the gradient of out", dout_THD, of_out),
+        ("the gradient of lse", dlse_HT, of_lse),
+    ):
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+            raise ValueError(
+                f"{name} must have shape {shape} and dtype {dtype}, "
+                f"got {tuple(tensor.shape)} and {tensor.dtype}"
+            )
+        _require_same_device(q_THD.device, **{name: tensor})
+
+
 def check_paged(
     q_THD: Tensor,
     k_cache_NBKD: Tensor,

@@ -5,6 +5,7 @@ G = H / K query heads that share a key/value head, D head dim.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ from minigen.kernels.tiles import (
     window_arguments,
 )
 from minigen.kernels.triton_import import tl, triton
+from minigen.kernels.varlen_attention_backward import varlen_attention_backward
 
 
 def varlen_attention(
@@ -67,7 +69,7 @@ def varlen_attention(
     Raises:
         ValueError: shapes, dtypes, head counts, devices or (where read) offsets that do not fit.
 
-    There is no backward yet; the lse is what it will need.
+    Both outputs have gradients for q, k and v, see `varlen_attention_backward`; only first ones.
     """
     return torch.ops.minigen.varlen_attention(
         q_THD,
@@ -168,6 +170,23 @@ def _cuda(
     return varlen_attention_triton(
         q_THD, k_TKD, v_TKD, cu_seqlens_q, cu_seqlens_k, window=window, scale=scale, softcap=softcap
     )
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors_and_options, _validate = inputs
+    ctx.save_for_backward(*tensors_and_options[:5], *output)
+    ctx.options = tensors_and_options[5:]
+
+
+def _backward(ctx: Any, dout_THD: Tensor, dlse_HT: Tensor) -> tuple[Tensor | None, ...]:
+    *qkv, cu_seqlens_q, cu_seqlens_k, out_THD, lse_HT = ctx.saved_tensors
+    gradients = varlen_attention_backward(
+        dout_THD, dlse_HT, *qkv, out_THD, lse_HT, cu_seqlens_q, cu_seqlens_k, *ctx.options
+    )
+    return *gradients, *(None for _ in range(7))  # offsets and options
+
+
+_cpu.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 def varlen_attention_triton(

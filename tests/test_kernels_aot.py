@@ -19,11 +19,18 @@ from minigen.kernels.paged_attention import merge_splits_kernel, paged_attention
 from minigen.kernels.tiles import (
     Tile,
     choose_tile,
+    power_of_two,
     score_arguments,
     tile_arguments,
     window_arguments,
 )
 from minigen.kernels.varlen_attention import varlen_attention_kernel
+from minigen.kernels.varlen_attention_backward import (
+    backward_tile_arguments,
+    choose_backward_tiles,
+    key_gradients_kernel,
+    query_gradient_kernel,
+)
 
 KIB = 1024
 # Target, and the shared memory it grants one program.
@@ -66,11 +73,11 @@ def compile_ahead(kernel: Any, target_name: str, constants: dict[str, Any], floa
             return "*i64"
         if name.startswith(("cu_seqlens", "kv_lens", "block_table")):
             return "*i32"
-        if name in ("lse_ptr", "part_ptr"):
+        if name in ("lse_ptr", "dlse_ptr", "shift_ptr", "delta_ptr", "part_ptr"):
             return "*fp32"
         if name.endswith("_ptr"):
             return f"*{floats}"
-        return "fp32" if name in ("score_scale", "cap_scale") else "i32"
+        return "fp32" if name in ("score_scale", "cap_scale", "scale") else "i32"
 
     source = ASTSource(
         fn=kernel,
@@ -108,6 +115,38 @@ def test_varlen_attention(
     tile = choose_tile(queries, group, head_dim, dtype.itemsize, TARGETS[target_name][1])
     constants = constants_for(tile, group, head_dim, Window(None, 0), 0.0)
     compile_ahead(varlen_attention_kernel, target_name, constants, TRITON_TYPES[dtype])
+
+
+@pytest.mark.parametrize(
+    ("target_name", "head_dim", "dtype", "group", "queries"),
+    [
+        *((target_name, 128, torch.bfloat16, 4, 1000) for target_name in TARGETS),
+        ("sm_90", 80, torch.bfloat16, 3, 20),
+        ("sm_86", 256, torch.bfloat16, 2, 1000),
+    ],
+)
+def test_varlen_attention_backward(
+    target_name: str, head_dim: int, dtype: torch.dtype, group: int, queries: int
+) -> None:
+    shared_bytes = TARGETS[target_name][1]
+    tiles = choose_backward_tiles(queries * group, queries, head_dim, dtype.itemsize, shared_bytes)
+    short = queries < 100  # the odd shape gets what the others lack
+    window, softcap = (Window(100, 0), 50.0) if short else (Window(None, 0), 0.0)
+    for kernel, tile in (
+        (query_gradient_kernel, tiles.queries),
+        (key_gradients_kernel, tiles.keys),
+    ):
+        constants = {
+            **window_arguments(window),
+            **score_arguments(0.1, softcap),
+            **backward_tile_arguments(tile),
+            "GROUP": group,
+            "HEAD_DIM": head_dim,
+            "BLOCK_D": power_of_two(head_dim),
+        }
+        for name in ("window_left", "window_right", "score_scale", "cap_scale"):
+            del constants[name]
+        compile_ahead(kernel, target_name, constants, TRITON_TYPES[dtype])
 
 
 @by_target
