@@ -199,6 +199,8 @@ class _Run:
         self.save_dtype = self.dtype if args.save_dtype == "auto" else DTYPES[args.save_dtype]
         self.sources = [Source.parse(text) for text in args.data]
         self.start = _start(args)
+        if args.chat_prompt and not self.start.tokenizer.has_chat_template:
+            raise ValueError(f"--chat-prompt: {self.start.tokenizer_dir} has no chat template")
         self.data_settings = Settings(
             self._max_length(), args.overlong, args.holdout, self.start.stop_ids
         )
@@ -452,24 +454,22 @@ class _Run:
             total, count = self.ranks.sum(trainer.evaluate(batches)).tolist()
             if report:
                 report.evaluated(trainer.step, file, total / count, int(count))
-        if report and self.args.prompt:
+        if report and (self.args.prompt or self.args.chat_prompt):
             for prompt, text in self._continuations(trainer.model):
                 report.progress.say(f"> {prompt}\n{text}")
         if report and self.args.plot:
             plot(self.output)
 
     def _continuations(self, model: TrainingModel) -> Iterator[tuple[str, str]]:
-        """Of each `--prompt`: as a user's message where the tokenizer has a chat template."""
-        tokenizer = self.start.tokenizer
-        prompts = [
-            tokenizer.chat_tokens([{"role": "user", "content": text}])
-            if tokenizer.has_chat_template
-            else tokenizer.encode(text)
-            for text in self.args.prompt
+        """Of each `--prompt` and `--chat-prompt`: (the prompt, what the model writes after it)."""
+        tokenizer, room = self.start.tokenizer, model.decoder.max_length
+        prompts = [(text, tokenizer.encode(text)) for text in self.args.prompt]
+        prompts += [
+            (text, tokenizer.chat_tokens([{"role": "user", "content": text}]))
+            for text in self.args.chat_prompt
         ]
-        room = model.decoder.max_length
-        usable = [(t, ids) for t, ids in zip(self.args.prompt, prompts, strict=True) if ids]
-        usable = [(t, ids[-(room - 1) :]) for t, ids in usable]
+        # Nothing to go on from (no BOS), or no room: the end of the prompt has to do.
+        usable = [(text, ids[-(room - 1) :]) for text, ids in prompts if ids]
         replies = continue_greedily(
             model, [ids for _, ids in usable], SAMPLE_TOKENS, self.start.stop_ids
         )

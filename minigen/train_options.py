@@ -228,6 +228,13 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
         metavar="TEXT",
         help="print a greedy continuation at each evaluation; repeatable",
     )
+    report(
+        "--chat-prompt",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="the same for a reply to a user's message; repeatable",
+    )
     report("--plot", action="store_true", help="draw loss.png (needs matplotlib)")
     report(
         "--peak-flops",

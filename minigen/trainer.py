@@ -9,10 +9,12 @@ arrive in fp32 and sum up in fp32 over micro-batches and over processes.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,7 +29,12 @@ from minigen.model import Block, Decoder, jagged
 # Two of torch's modes capture CUDA graphs, which hold for one shape; a packed batch rarely has the
 # shape of the one before.
 COMPILE_MODES = ("eager", "default", "max-autotune-no-cudagraphs")
-SCHEDULES = ("cosine", "linear", "wsd", "constant")
+# Rope tables are the same everywhere; the switch has a new name since torch 2.13.
+_SYNC_BUFFERS = (
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    else "broadcast_buffers"
+)
 INIT_STD = 0.02
 
 
@@ -229,11 +236,12 @@ class Trainer:
         )
         self._run: TrainingModel | DistributedDataParallel = model
         if self.ranks.world > 1:
+            still: dict[str, Any] = {_SYNC_BUFFERS: False}
             self._run = DistributedDataParallel(
                 model,
                 device_ids=[self.device] if self.device.type == "cuda" else None,
-                broadcast_buffers=False,
                 gradient_as_bucket_view=True,
+                **still,
             )
 
     def update(self, batches: Sequence[Batch], num_targets: int) -> tuple[Tensor, Tensor]:

@@ -149,10 +149,12 @@ def test_saved_in_bf16_and_in_small_files(inputs, tmp_path) -> None:
 
 
 def test_samples_and_the_end_of_a_run_are_told(inputs, tmp_path, capsys) -> None:
-    more = ("--steps", 2, "--prompt", "the hill", "--peak-flops", "1e12")
+    prompts = ("--prompt", "the hill", "--chat-prompt", "and?")
+    more = ("--steps", 2, *prompts, "--peak-flops", "1e12")
     assert main(train_args(inputs, tmp_path / "run", *more)) == 0
     said = capsys.readouterr().err
     assert "> the hill\n" in said
+    assert "> and?\n" in said
     assert re.search(r"texts.jsonl: 6\d samples, \d held out, ", said)
     assert ", MFU " in said
     assert f"python -m minigen chat --model {tmp_path / 'run' / 'final'}" in said
@@ -331,7 +333,9 @@ def test_refusals(inputs, whole, tmp_path, capsys) -> None:
     bare = tmp_path / "bare"
     shutil.copytree(inputs / "tok", bare)
     (bare / "chat_template.jinja").unlink()
-    assert "has no chat template" in said(*change(good, "--tokenizer", "--tokenizer", bare))
+    untold = change(good, "--tokenizer", "--tokenizer", bare)
+    assert "has no chat template" in said(*untold)
+    assert "--chat-prompt: " in said(*untold, "--chat-prompt", "and?")
 
 
 def test_a_loss_that_is_no_number_ends_the_run(inputs, tmp_path, capsys) -> None:

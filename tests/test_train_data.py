@@ -186,6 +186,14 @@ def test_turns_that_serving_would_show_otherwise_do_not_count(inputs, tmp_path, 
         read_samples(file, used, Settings(64))
 
 
+def test_a_template_that_closes_the_text(inputs, tmp_path) -> None:
+    """What follows a turn inside the conversation begins like what closes it (`<|`)."""
+    template = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
+    template += "{% if add_generation_prompt %}<|assistant|>{% else %}<|bos|>{% endif %}"
+    used = with_template(inputs, tmp_path, template)
+    assert targets_of(used, CHAT) == ["the hill.", "one red ball<|bos|>"]
+
+
 def test_stop_ids_end_a_turn(inputs, tmp_path) -> None:
     template = GENERATION.replace("{{ eos_token }}", "<|user|> done")
     template = template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
@@ -310,7 +318,7 @@ def test_a_corpus_numbers_the_samples_of_all_files(tmp_path, tokenizer) -> None:
         read_samples(
             write_jsonl(tmp_path / f"{seed}.jsonl", texts(6, seed)),
             tokenizer,
-            Settings(64, "split", 0.4),
+            Settings(256, "split", 0.4),
         )
         for seed in (0, 1)
     ]

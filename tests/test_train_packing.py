@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from minigen.flops import step_flops
 from minigen.model import DecoderConfig
-from minigen.packing import epoch_order, pack, plan, stream
+from minigen.packing import deal, epoch_order, pack, plan, stream
 
 BUDGET = 32
 LLAMA_1B = {
@@ -95,6 +95,19 @@ def test_ranks_get_equal_work() -> None:
     assert len(spread) > 15
     assert np.mean(spread) < 1.005
     assert max(spread) < 1.02
+
+
+def test_gaps_are_filled_unless_the_others_would_wait() -> None:
+    lengths = np.array([8, 6, 7, 2, 2, 2])
+    first = next(pack(iter(range(6)), lengths, lengths**2, 10, 2))
+    assert first == [[0], [1, 3, 4]]
+    (alone, *_) = pack(iter(range(6)), lengths, lengths**2, 10, 1)
+    assert alone == [[0, 3]]
+
+
+def test_dealing_goes_there_and_back() -> None:
+    group = [[0], [1], [2], [3]]
+    assert deal(group, np.array([1.0, 4.0, 2.0, 3.0]), 2) == [[[1], [0]], [[3], [2]]]
 
 
 def test_two_ranks_do_what_one_does_in_two_steps() -> None:
