@@ -1,4 +1,4 @@
-"""`python -m minigen`: chat with a checkpoint, generate from many prompts at once, or measure."""
+"""`python -m minigen`: chat with a checkpoint, generate from many prompts, measure or train."""
 
 import argparse
 import contextlib
@@ -8,13 +8,14 @@ import threading
 import traceback
 from collections.abc import Sequence
 
-from minigen import cli
+from minigen import cli, train_options
 
 EPILOG = """\
 examples:
   python -m minigen chat --model ./SmolLM2-135M-Instruct
   python -m minigen generate --model ./SmolLM2-135M --prompt "Once upon a time"
   python -m minigen bench fixed --shape smollm2-135m --batch-size 1 16
+  python -m minigen train --model ./SmolLM2-135M --data chats.jsonl --output run
 
 `python -m minigen COMMAND --help` explains a command."""
 
@@ -79,9 +80,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0, 1 (failed), 2 (the user's error), 130 (Ctrl-C)."""
     if sys.stderr is None:  # closed by `2>&-`: messages would go to standard output
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
+    argv = sys.argv[1:] if argv is None else argv
     args = _parser().parse_args(argv)
+    args.argv = list(argv)
     try:
-        if args.model is None and args.command != "bench":
+        if args.command in ("chat", "generate") and args.model is None:
             raise ValueError(cli.NO_MODEL)
         return args.run(args)
     except KeyboardInterrupt:
@@ -122,6 +125,18 @@ def _run_bench(args: argparse.Namespace) -> int:
     from minigen import bench
 
     return bench.run(args)
+
+
+def _run_train(args: argparse.Namespace) -> int:
+    from minigen import train
+
+    return train.run(args)
+
+
+def _run_train_tokenizer(args: argparse.Namespace) -> int:
+    from minigen import train_tokenizer
+
+    return train_tokenizer.run(args)
 
 
 def _parser() -> cli.Parser:
@@ -172,7 +187,27 @@ def _parser() -> cli.Parser:
     add_options(bench)
     bench.set_defaults(run=_run_bench)
 
-    for command in (chat, generate, bench):
+    train = commands.add_parser(
+        "train",
+        help="train a model, from scratch or from a checkpoint",
+        description="Train a model on texts and conversations, packed without padding.",
+        epilog=train_options.TRAIN_EPILOG,
+        formatter_class=raw,
+    )
+    train_options.add_train_options(train)
+    train.set_defaults(run=_run_train)
+
+    tokenizer = commands.add_parser(
+        "train-tokenizer",
+        help="make a tokenizer for a model from scratch",
+        description="Make a byte-level BPE tokenizer from texts and conversations.",
+        epilog=train_options.TOKENIZER_EPILOG,
+        formatter_class=raw,
+    )
+    train_options.add_tokenizer_options(tokenizer)
+    tokenizer.set_defaults(run=_run_train_tokenizer)
+
+    for command in (chat, generate, bench, train, tokenizer):
         command.add_argument(
             "--traceback", action="store_true", help="show where in the program an error arose"
         )

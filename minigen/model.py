@@ -446,6 +446,19 @@ def jagged(values_T: Tensor, offsets_S1: Tensor) -> Tensor:
     return nested_view_from_values_offsets(values_T, offsets_S1)
 
 
+class Linear(nn.Linear):
+    """`nn.Linear` on dense rows or a jagged tensor, by the kernel that suits the device.
+
+    It computes in the dtype of its input: in training the weights are fp32, the rest is bf16.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.is_nested:
+            return jagged(self(input.values()), offsets_of(input))
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return linear(input, self.weight.to(input.dtype), bias)
+
+
 class RMSNorm(nn.Module):
     """Root mean square norm over the last dimension, computed in fp32 (arXiv 1910.07467)."""
 
@@ -462,15 +475,6 @@ class RMSNorm(nn.Module):
 
     def jagged(self, x_SjE: Tensor) -> Tensor:
         return jagged(self(x_SjE.values()), offsets_of(x_SjE))
-
-
-class Linear(nn.Linear):
-    """`nn.Linear` on dense rows or a jagged tensor, by the kernel that suits the device."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.is_nested:
-            return jagged(linear(x.values(), self.weight, self.bias), offsets_of(x))
-        return linear(x, self.weight, self.bias)
 
 
 @dataclass
@@ -504,6 +508,8 @@ class Attention(nn.Module):
         self.config = config
         H, K, D = config.num_heads, config.num_kv_heads, config.head_dim
         self.layer = layer
+        # Not looked up by layer: compiled code would hold for that layer alone.
+        self.rotates = config.layer_rope[layer]
         window = config.layer_windows[layer]
         self.window_size = (window - 1, 0) if window else (-1, -1)
         self.qkv_proj = Linear(config.hidden_size, (H + 2 * K) * D, bias=config.qkv_bias)
@@ -520,7 +526,7 @@ class Attention(nn.Module):
         q_THD, k_TKD, v_TKD = qkv.split((H, K, K), 1)
         if config.qk_norm:
             q_THD, k_TKD = self.q_norm(q_THD), self.k_norm(k_TKD)
-        if config.layer_rope[self.layer]:
+        if self.rotates:
             q_THD = apply_rope(q_THD, cos_TR, sin_TR)
             k_TKD = apply_rope(k_TKD, cos_TR, sin_TR)
         options = {
@@ -564,12 +570,20 @@ class Block(nn.Module):
         self.input_norm, self.mlp_norm = norm(), norm()
         self.post_attention_norm = norm() if config.post_norms else None
         self.post_mlp_norm = norm() if config.post_norms else None
+        self.dropout = 0.0  # of what attention and MLP add; only while training
 
     def forward(self, x_SjE: Tensor, cos_TR: Tensor, sin_TR: Tensor, kv: PagedKV | None) -> Tensor:
         out = self.attention(self.input_norm.jagged(x_SjE), cos_TR, sin_TR, kv)
-        x_SjE = x_SjE + (self.post_attention_norm.jagged(out) if self.post_attention_norm else out)
+        out = self.post_attention_norm.jagged(out) if self.post_attention_norm else out
+        x_SjE = x_SjE + self._dropped(out)
         out = self.mlp(self.mlp_norm.jagged(x_SjE))
-        return x_SjE + (self.post_mlp_norm.jagged(out) if self.post_mlp_norm else out)
+        out = self.post_mlp_norm.jagged(out) if self.post_mlp_norm else out
+        return x_SjE + self._dropped(out)
+
+    def _dropped(self, x_SjE: Tensor) -> Tensor:
+        if self.dropout == 0.0 or not self.training:
+            return x_SjE
+        return jagged(F.dropout(x_SjE.values(), self.dropout), offsets_of(x_SjE))
 
 
 class Decoder(nn.Module):
@@ -731,6 +745,11 @@ class Decoder(nn.Module):
             else:
                 yield at + "post_attention_layernorm.weight", block.mlp_norm.weight.data
 
+    def embedded(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+        """Embeddings [..., E] of token ids, dense or jagged, in the dtype to compute in."""
+        x = F.embedding(tokens, self.embed.weight).to(dtype)
+        return x * self.embedding_scale.to(dtype) if self.config.embedding_scale != 1.0 else x
+
     def hidden_states(
         self,
         tokens_T: Tensor,
@@ -743,10 +762,7 @@ class Decoder(nn.Module):
         tokens_T, positions_T int64 (positions are rows of the rope table: long rope's long
         factors start at row `max_length`), cu_seqlens_S1 int32 from 0 to T.
         """
-        tokens_Sj = jagged(tokens_T, cu_seqlens_S1)
-        x_SjE = F.embedding(tokens_Sj, self.embed.weight)
-        if self.config.embedding_scale != 1.0:
-            x_SjE = x_SjE * self.embedding_scale
+        x_SjE = self.embedded(jagged(tokens_T, cu_seqlens_S1), self.embed.weight.dtype)
         cos_TR, sin_TR = self.cos_PR[positions_T], self.sin_PR[positions_T]
         for block in self.blocks:
             x_SjE = block(x_SjE, cos_TR, sin_TR, kv)

@@ -2,11 +2,13 @@
 
 import datetime
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import jinja2.runtime
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
@@ -17,21 +19,29 @@ from minigen.weights.errors import CheckpointError
 DEFAULT = "default"
 # Chosen by itself when tools are given, as transformers does.
 TOOL_USE = "tool_use"
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_PRIVATE_USE = range(0xF0000, 0xFFFFE)
 _DIRECTORIES = ("additional_chat_templates", "chat_templates")
 
 
+# The template variable with the two characters that `{% generation %}` is to put around its text.
+_MARKS = "generation_marks"
+
+
 class GenerationBlock(Extension):
-    """`{% generation %}` marks an assistant's words for training masks; here it only renders."""
+    """`{% generation %}` marks what an assistant writes, if asked to; else it only renders."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja2 declares it as an instance's
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_render"), [], [], body).set_lineno(line)
+        call = self.call_method("_render", [nodes.ContextReference()])
+        return nodes.CallBlock(call, [], [], body).set_lineno(line)
 
-    def _render(self, caller: Callable[[], str]) -> str:
-        return caller()
+    def _render(self, context: jinja2.runtime.Context, caller: Callable[[], str]) -> str:
+        before, after = context.get(_MARKS) or ("", "")
+        return f"{before}{caller()}{after}"
 
 
 class ChatTemplates:
@@ -90,6 +100,36 @@ class ChatTemplates:
             known = ", ".join(sorted(self.sources))
             raise ValueError(f"{self._where} has no chat template {name!r}: it has {known}")
         return name
+
+    def marks_generation(self, name: str) -> bool:
+        """Whether the template says itself, with `{% generation %}`, what the assistant wrote."""
+        return bool(_GENERATION.search(self.sources[name]))
+
+    def generation_spans(
+        self, name: str, text: str, messages: Sequence[Mapping[str, Any]], **variables: Any
+    ) -> list[tuple[int, int]]:
+        """[begin, end) of what `{% generation %}` blocks wrote into `text`: `messages`, rendered.
+
+        Raises ValueError if the template renders otherwise when the blocks are marked.
+        """
+        free = (chr(code) for code in _PRIVATE_USE if chr(code) not in text)
+        marks = next(free), next(free)
+        marked = self.render(name, messages, **variables, **{_MARKS: marks})
+        spans, begin, length, pieces = [], 0, 0, []
+        for piece in re.split(f"([{''.join(marks)}])", marked):
+            if piece == marks[0]:
+                begin = length
+            elif piece == marks[1]:
+                spans.append((begin, length))
+            else:
+                pieces.append(piece)
+                length += len(piece)
+        if "".join(pieces) != text:
+            raise ValueError(
+                f"the chat template {name!r} of {self._where} reads its own generation blocks, so "
+                "it cannot be told what the assistant wrote"
+            )
+        return spans
 
     def render(self, name: str, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
         """The conversation as one text; ValueError with the template's own reason if it fails."""

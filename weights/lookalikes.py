@@ -13,7 +13,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from tokenizers import Encoding
 from tokenizers import Tokenizer as Backend
@@ -63,6 +63,18 @@ class Veil:
         return self._stand_in[character]
 
 
+class Encoded(NamedTuple):
+    """A conversation as ids, and the characters [begin, end) of each in the rendered text.
+
+    The text, and the messages that it was rendered from, may hold stand-ins.
+    """
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+    text: str
+    messages: Sequence[Mapping[str, Any]]
+
+
 class LookalikeGuard:
     """Encodes rendered conversations so that only the template writes control tokens.
 
@@ -93,7 +105,7 @@ class LookalikeGuard:
         messages: Sequence[Mapping[str, Any]],
         tools: Any,
         taken: str,
-    ) -> list[int]:
+    ) -> Encoded:
         """Token ids of `render(messages, tools)`; no control token comes from a message or a tool.
 
         `taken` is text whose private-use characters are not free to stand in for others. A
@@ -105,19 +117,23 @@ class LookalikeGuard:
         veiled_messages = [self._veil_message(veil, message) for message in messages]
         veiled_tools = _map_strings(lambda s: self._cover_control(veil, s), tools)
         encoding = self._backend.encode(text, add_special_tokens=False)
+        plain = Encoded(encoding.ids, encoding.offsets, text, messages)
         if not veil:
-            return encoding.ids
+            return plain
         veiled_text = render(veiled_messages, veiled_tools)
         veiled = self._backend.encode(veiled_text, add_special_tokens=False)
         controls = [veiled.ids[i] for i in self._control_positions(veiled, veiled_text)]
         if veil.lift(veiled_text) == text and controls == [
             encoding.ids[i] for i in self._control_positions(encoding, text)
         ]:
-            return encoding.ids
-        return self._assemble(veiled, veiled_text, veil)
+            return plain
+        return Encoded(*self._assemble(veiled, veiled_text, veil), veiled_text, veiled_messages)
 
-    def _assemble(self, veiled: Encoding, text: str, veil: Veil) -> list[int]:
+    def _assemble(
+        self, veiled: Encoding, text: str, veil: Veil
+    ) -> tuple[list[int], list[tuple[int, int]]]:
         ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
         first, start = 0, 0
         for position in [*self._control_positions(veiled, text), len(veiled.ids)]:
             last = position == len(veiled.ids)
@@ -125,11 +141,16 @@ class LookalikeGuard:
             lifted = veil.lift(text[start:begin])
             if lifted == text[start:begin]:
                 ids += veiled.ids[first:position]
+                offsets += veiled.offsets[first:position]
             else:
-                ids += self._plain_copy(at_start=start == 0).encode(lifted)
+                plain_ids, inside = self._plain_copy(at_start=start == 0).encode(lifted)
+                ids += plain_ids
+                # Where JSON escaped a stand-in the piece is longer than this, and ends stay short.
+                offsets += [(start + low, start + high) for low, high in inside]
             ids += veiled.ids[position : position + 1]
+            offsets += veiled.offsets[position : position + 1]
             first, start = position + 1, end
-        return ids
+        return ids, offsets
 
     def _control_positions(self, encoding: Encoding, text: str) -> list[int]:
         """Where control tokens stand; a character unknown to the vocabulary is none of them."""
@@ -201,9 +222,11 @@ class _Plain:
             if ids.get(token, copied) != copied
         }
 
-    def encode(self, text: str) -> list[int]:
-        ids = self._copy.encode(text, add_special_tokens=False).ids
-        return [self._renumbered.get(token_id, token_id) for token_id in ids]
+    def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids, and the characters [begin, end) of each."""
+        encoding = self._copy.encode(text, add_special_tokens=False)
+        ids = [self._renumbered.get(token_id, token_id) for token_id in encoding.ids]
+        return ids, encoding.offsets
 
 
 def _unlearn(model: dict[str, Any], control: set[str]) -> None:

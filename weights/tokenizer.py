@@ -1,7 +1,7 @@
 """Tokenizers of checkpoints: text to ids, ids to text piece by piece, conversations to ids."""
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from os.path import commonprefix
 from pathlib import Path
 from typing import Any
@@ -9,10 +9,11 @@ from typing import Any
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
+from minigen.weights.assistant_turns import assistant_turns, mask_of_spans
 from minigen.weights.chat_template import ChatTemplates
 from minigen.weights.checkpoint import read_json
 from minigen.weights.errors import CheckpointError
-from minigen.weights.lookalikes import LookalikeGuard
+from minigen.weights.lookalikes import Encoded, LookalikeGuard
 
 _SPECIAL_NAMES = tuple(
     f"{name}_token" for name in ("bos", "eos", "unk", "pad", "sep", "cls", "mask")
@@ -124,20 +125,68 @@ class Tokenizer:
         """
         _check_messages(messages)
         name = self._templates.select(template_name, with_tools=tools is not None)
+        variables = {"add_generation_prompt": add_generation_prompt, **variables}
+        return self._encode_chat(name, messages, tools, variables).ids
 
-        def render(messages: Sequence[Mapping[str, Any]], tools: Any) -> str:
-            text = self._templates.render(
-                name,
-                messages,
-                tools=tools,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **variables,
+    def chat_tokens_and_targets(
+        self,
+        messages: list[dict[str, Any]],
+        stop_ids: Collection[int] = (),
+        tools: list[dict[str, Any]] | None = None,
+        **variables: Any,
+    ) -> tuple[list[int], list[bool], int]:
+        """A whole conversation for training: its ids, and which of them the assistant writes.
+
+        Those are what follows a generation prompt in serving, up to and with the first of
+        `stop_ids` (or EOS); or what the template's `{% generation %}` blocks hold, if it has any.
+        The last result is the number of assistant turns that are no targets: the template renders
+        what stands before them otherwise than when it asks for them, or nothing tells their end.
+        Raises ValueError as `chat_tokens`.
+        """
+        _check_messages(messages)
+        name = self._templates.select(with_tools=tools is not None)
+        closed = {"add_generation_prompt": False, **variables}
+        encoded = self._encode_chat(name, messages, tools, closed)
+        if self._templates.marks_generation(name):
+            spans = self._templates.generation_spans(
+                name, encoded.text, encoded.messages, tools=tools, documents=None, **closed
             )
-            _check_text(text)
-            return text
+            return encoded.ids, mask_of_spans(encoded.offsets, spans), 0
+
+        def render(messages: Sequence[Mapping[str, Any]], prompt: bool) -> str:
+            options = {**closed, "add_generation_prompt": prompt}
+            return self._render_chat(name, messages, tools, options)
+
+        turns, unlike = assistant_turns(encoded.text, encoded.messages, render)
+        stops = {*stop_ids, self.eos_token_id}
+        ends = [
+            end
+            for token_id, (_, end) in zip(encoded.ids, encoded.offsets, strict=True)
+            if token_id in stops
+        ]
+        spans = []
+        for turn in turns:
+            stop = next((end for end in ends if turn.begin < end <= turn.end), None)
+            if stop is None and not turn.exact:
+                unlike += 1
+            else:
+                spans.append((turn.begin, turn.end if stop is None else stop))
+        return encoded.ids, mask_of_spans(encoded.offsets, spans), unlike
+
+    def _encode_chat(
+        self, name: str, messages: Sequence[Mapping[str, Any]], tools: Any, variables: Any
+    ) -> Encoded:
+        def render(messages: Sequence[Mapping[str, Any]], tools: Any) -> str:
+            return self._render_chat(name, messages, tools, variables)
 
         return self._guard.encode(render, messages, tools, self._templates.sources[name])
+
+    def _render_chat(
+        self, name: str, messages: Sequence[Mapping[str, Any]], tools: Any, variables: Any
+    ) -> str:
+        text = self._templates.render(name, messages, tools=tools, documents=None, **variables)
+        _check_text(text)
+        return text
 
     def _special_id(self, special_tokens: Mapping[str, Any], name: str) -> int | None:
         token = special_tokens.get(name)
