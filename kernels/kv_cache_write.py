@@ -28,7 +28,7 @@ def kv_cache_write(
             cache (a GPU leaves such a token out, for reading the slots would wait for it).
     """
     if native.serves(k_TKD, v_TKD):
-        if not torch.compiler.is_compiling():  # traced, the operator's fake checks
+        if not torch.compiler.is_dynamo_compiling():  # traced, the operator's fake checks
             check_cache_write(k_TKD, v_TKD, k_cache_NBKD, v_cache_NBKD, slots_T)
         operator = torch.ops.minigen.native_kv_cache_write
     else:

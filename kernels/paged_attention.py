@@ -82,7 +82,7 @@ def paged_attention(
         ValueError: shapes, dtypes, head counts, devices or (where read) values that do not fit.
     """
     if native.serves(q_THD, k_cache_NBKD):
-        if not torch.compiler.is_compiling():  # traced, the operator's fake checks
+        if not torch.compiler.is_dynamo_compiling():  # traced, the operator's fake checks
             check_paged(
                 q_THD, k_cache_NBKD, v_cache_NBKD, cu_seqlens_q, kv_lens_S, block_table_SW, softcap
             )

@@ -439,7 +439,8 @@ def offsets_of(x_Sj: Tensor) -> Tensor:
 
 def jagged(values_T: Tensor, offsets_S1: Tensor) -> Tensor:
     """The jagged tensor [S, j, ...] over packed values; no copy."""
-    if torch.compiler.is_compiling():
+    # Not `is_compiling`: since torch 2.13 that is true, too, while another thread compiles.
+    if torch.compiler.is_dynamo_compiling():
         return torch.nested.nested_tensor_from_jagged(values_T, offsets_S1)
     # The public function refuses to run while another thread traces (torch 2.11 asks a flag of the
     # whole process), and chat answers uncompiled while a thread compiles.
@@ -805,7 +806,11 @@ class Decoder(nn.Module):
             )
         if tokens_Sj.lengths() is not None:  # pyright: ignore[reportAttributeAccessIssue]
             raise ValueError("tokens has holes between its sequences: call .contiguous() first")
-        if tokens_T.device.type != "cpu" or torch.compiler.is_compiling() or not len(tokens_T):
+        if (
+            tokens_T.device.type != "cpu"
+            or torch.compiler.is_dynamo_compiling()
+            or not len(tokens_T)
+        ):
             return
         low, high = (int(token) for token in tokens_T.aminmax())
         if low < 0 or high >= self.config.vocab_size:

@@ -383,6 +383,7 @@ def test_steps_run_while_another_thread_traces(monkeypatch) -> None:
     # torch keeps this flag for the whole process; chat answers uncompiled while a thread compiles.
     flag = "torch.fx._symbolic_trace._is_fx_tracing_flag"
     monkeypatch.setattr(flag, True, raising=False)
+    monkeypatch.setattr("torch.compiler._is_compiling_flag", True, raising=False)
     params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
     tokens = run(engine(), [[5, 6, 7]], [params])
     monkeypatch.undo()

@@ -331,7 +331,7 @@ def test_the_benchmark_tells_right_from_wrong(
 
     name = "run_varlen" if section == "varlen" else "run_paged"
     right = getattr(bench_attention, name)
-    monkeypatch.setattr(bench_attention, name, lambda *args: right(*args) * 1.01)
+    monkeypatch.setattr(bench_attention, name, lambda *args: right(*args) * 1.1)
     with pytest.raises(ValueError, match=r"wrong by .* beyond rounding"):
         bench_attention.check_candidate(section, heads, candidate, kind)
 

@@ -30,7 +30,7 @@ def parser(prog: str, description: str | None, plot: str) -> argparse.ArgumentPa
         metavar="FILE",
         help=f"a .png; {plot} by default, if matplotlib is installed; none: no plot",
     )
-    made.set_defaults(default_plot=plot)
+    made.set_defaults(default_plot=plot, decode_graphs=None)
     return made
 
 
