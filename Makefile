@@ -33,11 +33,15 @@ check: $(VENV)/.test $(VENV)/.check ## format, lint and types
 	$(PY) -m ruff check $(CHECKED)
 	$(PY) -m pyright --pythonpath $(PY)
 
-test: $(VENV)/.test ## the tests that need no GPU [ARGS="-k word"]
-	HYPOTHESIS_PROFILE=ci $(PY) -m pytest -m "not gpu" $(ARGS)
+# A test's tensors are small: threads would wait for each other longer than they compute.
+TEST_WORKERS ?= 2
+TEST := OMP_NUM_THREADS=1 $(PY) -m pytest -m "not gpu" -n $(TEST_WORKERS)
+
+test: $(VENV)/.test ## the tests that need no GPU [ARGS="-k word"] [TEST_WORKERS=2]
+	HYPOTHESIS_PROFILE=ci $(TEST) $(ARGS)
 
 test-deep: $(VENV)/.test ## the same with many more, and random, examples
-	HYPOTHESIS_PROFILE=deep $(PY) -m pytest -m "not gpu" $(ARGS)
+	HYPOTHESIS_PROFILE=deep $(TEST) $(ARGS)
 
 test-gpu: $(GPU_NEEDS) ## the tests on the GPU; with PYTHON=python3 by that Python, installing nothing
 	@$(GPU_PY) -c 'import sys, torch; torch.cuda.is_available() or sys.exit("make test-gpu: torch " + torch.__version__ + " of " + sys.executable + " finds no CUDA GPU on this machine")'

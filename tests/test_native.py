@@ -63,6 +63,23 @@ def test_a_sequence_is_the_same_alone(case: Case) -> None:
         assert torch.equal(mine, alone)
 
 
+@given(cases(DTYPES, max_len=1100))
+def test_threads_do_not_change_a_bit(case: Case) -> None:
+    q_THD, k_TKD, v_TKD = make_qkv(case)
+    weight_FE = torch.randn(500, case.head_dim).to(case.dtype)
+    num_threads = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            out_THD = run_paged(case, q_THD, k_TKD, v_TKD)
+            found.append((out_THD, linear(q_THD[:8].flatten(0, 1)[:32], weight_FE)))
+    finally:
+        torch.set_num_threads(num_threads)
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
 @given(cases(DTYPES, max_len=70))
 def test_cache_write_changes_its_slots_only(case: Case) -> None:
     _, k_TKD, v_TKD = make_qkv(case)
