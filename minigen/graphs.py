@@ -20,6 +20,10 @@ DecodeCall = Callable[[StepTensors, SamplingTensors, str], tuple[Tensor, Tensor]
 FIRST_WIDTH = 64  # blocks a sequence: 1,024 tokens in blocks of 16
 
 
+class CaptureError(RuntimeError):
+    """A step could not be captured; launched one by one its kernels may still run."""
+
+
 def bucket_sizes(max_num_seqs: int) -> list[int]:
     """Batch sizes that are captured: few small ones, then every eighth, then every 32nd."""
     sizes = [2, 4, 8, *range(16, 257, 8), *range(288, max_num_seqs + 32, 32)]
@@ -84,7 +88,7 @@ class DecodeGraphs:
         """The bytes of the step and of its sampling, to be filled before `run`.
 
         A size and mode that is new is captured here, on null rows: the calls that come before a
-        capture would draw a real step's tokens twice.
+        capture would draw a real step's tokens twice. Raises CaptureError.
         """
         if size not in self._buffers:
             num_bytes = (size.num_bytes, SamplingTensors.num_bytes(size.num_rows))
@@ -93,7 +97,10 @@ class DecodeGraphs:
             )
             self._buffers[size] = step_bytes, sampling_bytes
         if self._device.type == "cuda" and (size, mode) not in self._graphs:
-            self._graphs[size, mode] = self._capture(size, mode)
+            try:
+                self._graphs[size, mode] = self._capture(size, mode)
+            except RuntimeError as error:  # out of memory, or something no graph can hold
+                raise CaptureError(str(error)) from error
         return self._buffers[size]
 
     def run(self, size: StepSize, sampling: SamplingTensors, mode: str) -> tuple[Tensor, Tensor]:

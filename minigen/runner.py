@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minigen.graphs import DecodeGraphs
+from minigen.graphs import CaptureError, DecodeGraphs
 from minigen.kernels import native
 from minigen.model import Decoder, PagedKV
 from minigen.sampling import (
@@ -316,8 +316,10 @@ class Runner:
             # Two modes are compiled; the draws that filter run uncompiled on the same logits.
             mode = wanted if wanted in COMPILED_DRAWS else "greedy"
         scores = []
-        if self._replays(chunks, scored):
-            step, sampling, drawn_R, logits_RV = self._replay(chunks, rows, mode)
+        captured = self._replay_size(chunks, scored, mode)
+        if captured is not None:
+            rows = self._padded(rows, captured.num_rows)
+            step, sampling, drawn_R, logits_RV = self._replay(captured, chunks, rows, mode)
         else:
             size = StepSize.of(chunks)
             step = size.views(self._upload(chunks, size))
@@ -372,8 +374,11 @@ class Runner:
     def capture_decode(self) -> Iterator[StepSize]:
         """Captures the usual decode steps at once, so that none is captured while requests wait."""
         if self._graphs is not None and self._status in ("eager", "ready"):
-            with torch.inference_mode():
-                yield from self._graphs.capture_all(COMPILED_DRAWS)
+            try:
+                with torch.inference_mode():
+                    yield from self._graphs.capture_all(COMPILED_DRAWS)
+            except CaptureError as error:
+                self._give_graphs_up(error)
 
     @property
     def num_captures(self) -> int:
@@ -389,24 +394,38 @@ class Runner:
         self.last_tokens_M[step.rows_R] = drawn_R
         return drawn_R, logits_RV
 
-    def _replays(self, chunks: list[Chunk], scored: dict[int, int]) -> bool:
-        """Whether the step only decodes, and what it would replay is compiled."""
-        return (
-            self._graphs is not None
-            and self._status in ("eager", "ready")
-            and not scored
-            and all(chunk.length == 1 and chunk.samples for chunk in chunks)
+    def _give_graphs_up(self, error: CaptureError) -> None:
+        self._graphs = None
+        warnings.warn(
+            f"decode steps cannot be captured in a CUDA graph and are launched one kernel after "
+            f"the other: {str(error).strip().splitlines()[0]}",
+            stacklevel=2,
         )
 
-    def _replay(
-        self, chunks: list[Chunk], rows: list[Row], mode: str
-    ) -> tuple[StepTensors, SamplingTensors, Tensor, Tensor]:
-        assert self._graphs is not None
+    def _replay_size(
+        self, chunks: list[Chunk], scored: dict[int, int], mode: str
+    ) -> StepSize | None:
+        """The captured size that serves this step; None for one that does not only decode, or
+        while what would be captured is not compiled."""
+        decodes = not scored and all(chunk.length == 1 and chunk.samples for chunk in chunks)
+        if self._graphs is None or not decodes or self._status not in ("eager", "ready"):
+            return None
         num_blocks = max(len(chunk.sequence.blocks) for chunk in chunks)
         size = self._graphs.size_for(len(chunks), num_blocks)
+        try:
+            self._graphs.buffers(size, mode)
+        except CaptureError as error:
+            self._give_graphs_up(error)
+            return None
+        return size
+
+    def _replay(
+        self, size: StepSize, chunks: list[Chunk], rows: list[Row], mode: str
+    ) -> tuple[StepTensors, SamplingTensors, Tensor, Tensor]:
+        """Runs a step of padded rows from the buffers of its size."""
+        assert self._graphs is not None
         step_bytes, sampling_bytes = self._graphs.buffers(size, mode)
         self._upload(chunks, size, step_bytes)
-        rows += self._padded(rows, size.num_rows)[len(rows) :]
         sampling = self._sampling(rows, sampling_bytes)
         drawn_R, logits_RV = self._timed(self._graphs.run, size, sampling, mode)
         return size.views(step_bytes), sampling, drawn_R, logits_RV

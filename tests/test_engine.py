@@ -5,7 +5,7 @@ import json
 import random
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ from tokenizers import decoders, models
 from minigen import LLM, SamplingParams
 from minigen.cache import BlockPool
 from minigen.engine import Engine
-from minigen.graphs import bucket_sizes
+from minigen.graphs import CaptureError, bucket_sizes
 from minigen.kernels import native
 from minigen.model import Decoder, DecoderConfig
 from minigen.runner import Runner
@@ -189,6 +189,20 @@ def test_steps_of_fixed_sizes_draw_the_same(count: int) -> None:
     assert replayed
     assert set(replayed) <= {2, 4, 8, 16, 17}
     assert max(replayed) == next(size for size in (2, 4, 8, 16, 17) if size >= count)
+
+
+def test_a_step_that_cannot_be_captured_is_launched() -> None:
+    made, params = engine(decode_graphs=True), SamplingParams(temperature=0, max_tokens=5)
+    graphs = made.runner._graphs
+    assert graphs is not None
+
+    def buffers(size, mode) -> NoReturn:
+        raise CaptureError("no memory\nand more about it")
+
+    graphs.buffers = buffers
+    with pytest.warns(UserWarning, match="one kernel after the other: no memory$"):
+        found = run(made, [[1, 2, 3]], [params])
+    assert found == run(engine(), [[1, 2, 3]], [params])
 
 
 @given(st.integers(1, 2100))
