@@ -179,13 +179,14 @@ def modules_of(root: Path) -> set[str]:
             ("kernels", ("kernels",)),
             ("weights", ("weights",)),
         )
-        for file in (root / folder).glob("*.py")
+        for file in (root / folder).iterdir()
+        if file.suffix in (".py", ".cpp")
     }
 
 
 def test_wheel_holds_each_module_below_minigen(tree, wheel) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert "minigen/kernels/paged_attention.py" in modules_of(tree)
+    assert {"minigen/kernels/paged_attention.py", "minigen/kernels/native.cpp"} <= modules_of(tree)
     assert modules_of(tree) <= names
     assert {name.partition("/")[0] for name in names} == {
         "minigen",
