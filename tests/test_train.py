@@ -281,7 +281,8 @@ def test_two_processes_have_the_losses_of_one(inputs, tmp_path) -> None:
         text=True,
         timeout=170,
     )
-    assert finished.returncode == 0, finished.stderr[-2000:]
+    # What went wrong comes first; torchrun's account of it is long.
+    assert finished.returncode == 0, finished.stderr[:6000]
     one, two = (read_table(tmp_path / name / "log.csv") for name in ("one", "two"))
     assert len(one) == len(two) > 5
     # The last step's batches are not cut alike, but hold the same samples.
