@@ -117,8 +117,12 @@ def kv_cache_write_kernel(
     element = tl.arange(0, BLOCK)
     head, dim = element // HEAD_DIM, element % HEAD_DIM
     inside = element < NUM_KV_HEADS * HEAD_DIM
-    k = tl.load(k_ptr + token * k_stride_t + head * k_stride_h + dim * k_stride_d, mask=inside)
-    v = tl.load(v_ptr + token * v_stride_t + head * v_stride_h + dim * v_stride_d, mask=inside)
+    k = tl.load(
+        k_ptr + token * k_stride_t + head.to(tl.int64) * k_stride_h + dim * k_stride_d, mask=inside
+    )
+    v = tl.load(
+        v_ptr + token * v_stride_t + head.to(tl.int64) * v_stride_h + dim * v_stride_d, mask=inside
+    )
     # In 64 bits: a cache may hold more than 2**31 elements.
     row = slot.to(tl.int64) * (NUM_KV_HEADS * HEAD_DIM)
     tl.store(k_cache_ptr + row + element, k, mask=inside)

@@ -480,7 +480,9 @@ def paged_attention_kernel(
     )
     before, num_edge_tiles = count_edge_tiles(low, high, whole_low, whole_high, BLOCK_N)
 
-    q_offset_MD = (token_M * q_stride_t + head_M * q_stride_h)[:, None] + dim_D[None, :]
+    q_offset_MD = (token_M * q_stride_t + head_M.to(tl.int64) * q_stride_h)[:, None] + dim_D[
+        None, :
+    ]
     q_MD = tl.load(q_ptr + q_offset_MD, mask=in_tile_MD, other=0.0)
     acc_MD = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     max_M = tl.full([BLOCK_M], float("-inf"), tl.float32)

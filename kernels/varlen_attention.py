@@ -332,7 +332,9 @@ def varlen_attention_kernel(
     token_M = (q_start + query_M).to(tl.int64)
     in_tile_M = (row_M < BLOCK_Q * GROUP) & (query_M < num_queries)
     in_tile_MD = in_tile_M[:, None] & (dim_D < HEAD_DIM)[None, :]
-    q_offset_MD = (token_M * q_stride_t + head_M * q_stride_h)[:, None] + dim_D[None, :]
+    q_offset_MD = (token_M * q_stride_t + head_M.to(tl.int64) * q_stride_h)[:, None] + dim_D[
+        None, :
+    ]
     q_MD = tl.load(q_ptr + q_offset_MD, mask=in_tile_MD, other=0.0)
 
     position_M = query_M + (num_keys - num_queries)

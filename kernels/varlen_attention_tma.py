@@ -166,7 +166,9 @@ def varlen_attention_tma_kernel(
         )
         q_MD = q_desc.load([first_query, 0])
     else:
-        q_offset_MD = (token_M * q_stride_t + head_M * q_stride_h)[:, None] + dim_D[None, :]
+        q_offset_MD = (token_M * q_stride_t + head_M.to(tl.int64) * q_stride_h)[:, None] + dim_D[
+            None, :
+        ]
         q_MD = tl.load(q_ptr + q_offset_MD, mask=in_tile_MD, other=0.0)
 
     position_M = query_M + (num_keys - num_queries)
