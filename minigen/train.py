@@ -50,6 +50,7 @@ from minigen.training_state import (
     step_directory,
 )
 from minigen.weights.checkpoint import read_config, read_generation_config, read_json
+from minigen.weights.fingerprint import fingerprint as checkpoint_fingerprint
 from minigen.weights.hub import resolve_model
 from minigen.weights.save import atomic_directory, save_checkpoint
 from minigen.weights.tokenizer import Tokenizer
@@ -248,7 +249,9 @@ class _Run:
             "processes": self.ranks.world,
             "data": [[d, s.weight] for d, s in zip(self.digests, self.sources, strict=True)],
             "config": self.start.hf,
-            "from": "scratch" if self.start.model is None else _weights_digest(self.start.model),
+            "from": "scratch"
+            if self.start.model is None
+            else checkpoint_fingerprint(self.start.model),
         }
 
     # --- data
@@ -524,13 +527,6 @@ def _finite(loss: float, step: int) -> float:
     if not math.isfinite(loss):
         raise RuntimeError(f"the loss is {loss} after step {step}: give a smaller --lr")
     return loss
-
-
-def _weights_digest(model: Path) -> str:
-    """Identifies a checkpoint, wherever it lies."""
-    from minigen.generate import fingerprint
-
-    return fingerprint(model)
 
 
 def _summary(source: Source, samples: Samples) -> str:
