@@ -173,7 +173,8 @@ def test_steps_of_fixed_sizes_draw_the_same(count: int) -> None:
         SamplingParams(temperature=float(i % 2), seed=i, max_tokens=3 + i % 5, ignore_eos=True)
         for i in range(count)
     ]
-    fixed = engine(num_blocks=128, max_num_seqs=17, decode_graphs=True)
+    # A step in flight: what a null row wrote into my row would be my next token.
+    fixed = engine(num_blocks=128, max_num_seqs=17, overlap=True, decode_graphs=True)
     replayed = []
     graphs = fixed.runner._graphs
     assert graphs is not None
@@ -669,6 +670,22 @@ def small_llm(tmp_path_factory) -> LLM:
     case = BY_NAME["qwen3"]
     case.save(case.build(), path)
     return LLM(path, compile="eager", num_cache_blocks=64, progress=False)
+
+
+def test_blocks_follow_from_free_memory_in_coarse_steps(monkeypatch) -> None:
+    """The number is part of the compiled graph, and two starts never find the same memory free."""
+
+    def num_blocks(free: int) -> int:
+        monkeypatch.setattr("minigen.llm._free_memory", lambda *_: free)
+        llm = LLM.from_config(TINY, compile="eager", max_num_seqs=500, progress=False)
+        return llm._runner.num_blocks
+
+    block_bytes = 2 * 2 * 16 * 2 * 16 * 4
+    for free in (3_300_000, 17_000_000):
+        found = num_blocks(free)
+        assert 0.96 * free / 2 <= found * block_bytes <= free  # up to half is left for a step
+        assert num_blocks(free + free // 200) == found
+    assert num_blocks(10**12) == 500 * LIMIT // 16  # enough for all is not rounded
 
 
 def path_of(llm: LLM) -> Path:
