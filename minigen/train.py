@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -74,7 +74,8 @@ def run(args: argparse.Namespace) -> int:
     # torch 2.13 warns its own jagged tensors about a rename; a user can do nothing about it.
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     with _join(args.device) as (ranks, device):
-        return _Run(args, ranks, device).train()
+        code = _Run(args, ranks, device).train()
+    return code if ranks.world == 1 else _leave(code)
 
 
 # --- processes -----------------------------------------------------------------------------------
@@ -114,6 +115,17 @@ def _join(device: str) -> Iterator[tuple[Ranks, torch.device]]:
         yield Ranks(dist.get_rank(), world), found
     finally:
         dist.destroy_process_group()
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends one process of several without taking its interpreter down.
+
+    `DistributedDataParallel` leaves gloo's threads running, and one that lets go of a tensor while
+    the interpreter ends aborts the whole run at its very end (pytorch/pytorch#190489).
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _device(name: str) -> torch.device:
