@@ -10,7 +10,7 @@ import json
 import lzma
 import os
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,13 +55,15 @@ class Settings:
 
     max_length: most tokens of a sample. overlong: "split" cuts a longer one into pieces, "drop"
     leaves it out. holdout: share of the samples that is held out, chosen by a hash of each.
-    stop_ids: tokens at which a reply ends.
+    stop_ids: tokens at which a reply ends. assistant_only: of a conversation only what the
+    assistant writes counts, else all of it.
     """
 
     max_length: int
     overlong: str = "split"
     holdout: float = 0.0
     stop_ids: tuple[int, ...] = ()
+    assistant_only: bool = True
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ def read_samples(path: Path, tokenizer: Tokenizer, settings: Settings) -> Sample
     counts = Counter(items=0, dropped=0, split=0, unlike=0)
     for number, item in read_jsonl(path):
         try:
-            ids, mask, unlike = _tokenize(item, tokenizer, settings.stop_ids)
+            ids, mask, unlike = _tokenize(item, tokenizer, settings)
         except ValueError as error:
             raise ValueError(f"{path}:{number}: {error}") from None
         counts["items"] += 1
@@ -159,7 +161,7 @@ def read_samples(path: Path, tokenizer: Tokenizer, settings: Settings) -> Sample
 
 
 def _tokenize(
-    item: dict[str, Any], tokenizer: Tokenizer, stop_ids: Collection[int]
+    item: dict[str, Any], tokenizer: Tokenizer, settings: Settings
 ) -> tuple[list[int], list[bool], int]:
     """(ids, which of them count, assistant turns that cannot)."""
     if ("text" in item) == ("messages" in item):
@@ -168,7 +170,10 @@ def _tokenize(
         messages = item["messages"]
         if not isinstance(messages, list) or not messages:
             raise ValueError('"messages" must be a list of objects with "role" and "content"')
-        return tokenizer.chat_tokens_and_targets(messages, stop_ids, item.get("tools"))
+        ids, mask, unlike = tokenizer.chat_tokens_and_targets(
+            messages, settings.stop_ids, item.get("tools")
+        )
+        return (ids, mask, unlike) if settings.assistant_only else (ids, [True] * len(ids), 0)
     if not isinstance(item["text"], str):
         raise ValueError(f'"text" must be a text, not {type(item["text"]).__name__}')
     ids = tokenizer.encode(item["text"])

@@ -215,7 +215,11 @@ class _Run:
         if args.chat_prompt and not self.start.tokenizer.has_chat_template:
             raise ValueError(f"--chat-prompt: {self.start.tokenizer_dir} has no chat template")
         self.data_settings = Settings(
-            self._max_length(), args.overlong, args.holdout, self.start.stop_ids
+            self._max_length(),
+            args.overlong,
+            args.holdout,
+            self.start.stop_ids,
+            args.assistant_only_loss,
         )
         self._prepare_output()
         self.digests = fingerprint(self.sources, self.start.tokenizer_dir, self.data_settings)
@@ -252,7 +256,7 @@ class _Run:
         names = (
             "overlong", "holdout", "epochs", "steps", "tokens", "accumulate", "seed", "lr",
             "schedule", "warmup", "min_lr_ratio", "decay_ratio", "weight_decay", "beta1", "beta2",
-            "clip", "dropout",
+            "clip", "dropout", "assistant_only_loss",
         )  # fmt: skip
         return {
             **{name: getattr(args, name) for name in names},

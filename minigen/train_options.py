@@ -10,8 +10,8 @@ examples:
       --data chats.jsonl:2 --epochs 4 --lr 1e-3 --output run
 
 A line of the data is {"text": "…"} or {"messages": [{"role": "user", "content": "…"}, …]}; of
-conversations only the assistant's turns count. Files may be .xz; PATH:2 takes each sample of a file
-twice an epoch, PATH:0.5 every other one.
+conversations only the assistant's turns count, unless --no-assistant-only-loss. Files may be .xz;
+PATH:2 takes each sample of a file twice an epoch, PATH:0.5 every other one.
 
 The same command again goes on where the last checkpoint was written, with the same losses as if
 nothing had happened, and refuses if a setting that decides them has changed. OUTPUT holds
@@ -92,6 +92,12 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
         default=0.0,
         metavar="SHARE",
         help="share of each file that is only evaluated on, chosen by a hash of the sample",
+    )
+    data(
+        "--assistant-only-loss",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="of conversations only the assistant's turns count; without, every token does",
     )
 
     run = parser.add_argument_group("run").add_argument

@@ -244,6 +244,8 @@ def test_ctrl_c_saves_and_leaves(inputs, tmp_path, monkeypatch) -> None:
 def test_changed_settings_are_refused(whole, inputs, capsys) -> None:
     said = refusal(capsys, train_args(inputs, whole, *EVERY, "--steps", 14, "--lr", 0.02))
     assert "was begun with lr = 0.01, now it is 0.02" in said
+    args = train_args(inputs, whole, *EVERY, "--steps", 14, "--no-assistant-only-loss")
+    assert "was begun with assistant_only_loss = true, now it is false" in refusal(capsys, args)
     said = refusal(capsys, train_args(inputs, whole, *EVERY, "--steps", 15))
     assert "was begun with steps = 14, now it is 15" in said
     args = train_args(inputs, whole, *EVERY, "--steps", 14)

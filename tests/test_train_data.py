@@ -239,6 +239,22 @@ def test_dropped_samples_are_counted(tmp_path, tokenizer) -> None:
         read_samples(write_jsonl(tmp_path / "c.jsonl", []), tokenizer, Settings(4))
 
 
+def test_every_token_of_a_conversation_counts_if_asked(tmp_path, tokenizer) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", conversations(20))
+    every = read_samples(file, tokenizer, Settings(16, assistant_only=False))
+    some = read_samples(file, tokenizer, Settings(16))
+    whole = read_samples(file, tokenizer, Settings(10_000))
+    # Each piece begins with the token that the one before ends with.
+    assert every.num_targets_N().tolist() == [n - 1 for n in every.lengths_N().tolist()]
+    assert every.num_targets_N().sum() == whole.lengths_N().sum() - len(whole)
+    assert 0 < some.num_targets_N().sum() == whole.num_targets_N().sum()
+    # A conversation in which nobody answers teaches only then.
+    file = write_jsonl(tmp_path / "b.jsonl", [{"messages": [{"role": "user", "content": "a b"}]}])
+    assert len(read_samples(file, tokenizer, Settings(16, assistant_only=False))) == 1
+    with pytest.raises(ValueError, match="gives no target tokens"):
+        read_samples(file, tokenizer, Settings(16))
+
+
 # --- held out ------------------------------------------------------------------------------------
 
 
