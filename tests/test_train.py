@@ -104,6 +104,12 @@ def test_only_the_last_checkpoint_is_kept_and_nothing_half_written(whole) -> Non
     assert sorted(path.name for path in state.iterdir()) == ["state.json", "state.safetensors"]
 
 
+def test_others_may_read_weights_where_they_may_read_the_config(whole) -> None:
+    modes = {path.name: path.stat().st_mode for path in (whole / "final").iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"]
+    assert len(set(modes.values())) == 1
+
+
 @pytest.mark.parametrize("folder", ["final", "step-00000014"])
 def test_transformers_loads_it_and_gives_the_same_logits(whole, folder) -> None:
     transformers = pytest.importorskip("transformers")

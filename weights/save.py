@@ -91,6 +91,8 @@ def save_checkpoint(
             room = max_file_bytes
         files[-1][name] = stored
         room -= stored.nbytes
+    values = {key: value for key, value in config.items() if key != "torch_dtype"}
+    write_json(path / "config.json", {**values, "dtype": str(dtype).removeprefix("torch.")})
     metadata = {"format": "pt"}
     if len(files) == 1:
         save_file(files[0], path / SINGLE_FILE, metadata)
@@ -102,8 +104,9 @@ def save_checkpoint(
             weight_map.update(dict.fromkeys(part, name))
         total = sum(t.nbytes for part in files for t in part.values())
         write_json(path / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    values = {key: value for key, value in config.items() if key != "torch_dtype"}
-    write_json(path / "config.json", {**values, "dtype": str(dtype).removeprefix("torch.")})
+    for file in path.glob("*.safetensors"):
+        # safetensors lets only the owner read; who may read the config may read the weights.
+        shutil.copymode(path / "config.json", file)
     if copied_from is not None:
         for pattern in COPIED_PATTERNS:
             for file in copied_from.glob(pattern):
