@@ -1,0 +1,104 @@
+"""The report runs commands that succeed, fail, hang and speak JSON."""
+
+import json
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from tests.command_line import run_minigen, run_tool
+from tools import report
+from tools.report import Step, last_json, run_all, steps
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """`python -m act WHAT`, found by every step."""
+    (tmp_path / "act.py").write_text(
+        "import subprocess, sys, time\n"
+        "what = sys.argv[1]\n"
+        "if what == 'hang':\n"
+        "    print('waiting', flush=True)\n"
+        "    sleep = [sys.executable, '-c', 'import time; time.sleep(60)']\n"
+        "    child = subprocess.Popen(sleep)\n"
+        "    open(sys.argv[2], 'w').write(str(child.pid))\n"
+        "    time.sleep(60)\n"
+        "print('text')\n"
+        "print('{\"a\": 1}')\n"
+        "sys.exit(3 if what == 'fail' else 0)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return "act"
+
+
+def test_every_step_is_reported(module, tmp_path) -> None:
+    planned = [
+        Step("good", (module, "good"), 30),
+        Step("bad", (module, "fail"), 30),
+        Step("long", (module, "hang", str(tmp_path / "child")), 2),
+        Step("last", (module, "good"), 30),
+    ]
+    begin = time.monotonic()
+    done = run_all(planned, tmp_path, float("inf"))
+    assert time.monotonic() - begin < 30
+    assert [(step["name"], step["result"], step["json"]) for step in done] == [
+        ("good", "ok", {"a": 1}),
+        ("bad", "failed (exit code 3)", {"a": 1}),
+        ("long", "ended after 2 s", None),
+        ("last", "ok", {"a": 1}),
+    ]
+    assert json.loads((tmp_path / "report.json").read_text()) == done
+    assert (tmp_path / "good.log").read_text() == 'text\n{"a": 1}\n'
+    assert (tmp_path / "long.log").read_text() == "waiting\n"
+    # What the step had started ended with it; a zombie may wait for its new parent.
+    stat = Path("/proc", (tmp_path / "child").read_text(), "stat")
+    assert not stat.exists() or stat.read_text().split()[2] == "Z"
+
+
+def test_nothing_is_begun_without_time_for_it(module, tmp_path) -> None:
+    planned = [Step("a", (module, "good"), 30), Step("b", (module, "good"), 30)]
+    done = run_all(planned, tmp_path, report.LEAST_SECONDS - 1)
+    assert [step["result"] for step in done] == ["not begun"] * 2
+    assert not list(tmp_path.glob("*.log"))
+
+
+def test_a_step_ends_with_the_budget(module, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(report, "LEAST_SECONDS", 0.5)
+    planned = [Step("a", (module, "hang", str(tmp_path / "child")), 30)] * 2
+    done = run_all(planned, tmp_path, 2)
+    assert [step["result"] for step in done] == ["ended after 2 s", "not begun"]
+
+
+@pytest.mark.parametrize("text", ["", "x", "x\n1\n", '{"a": 1}\nmore', "\n\n"])
+def test_only_an_object_on_the_last_line_counts(text, tmp_path) -> None:
+    file = tmp_path / "log"
+    file.write_text(text)
+    assert last_json(file) is None
+    file.write_text(text + '\n{"b": 2}\n')
+    assert last_json(file) == {"b": 2}
+
+
+def test_the_steps_are_commands_with_such_options(tmp_path) -> None:
+    planned = [step for gpu in (False, True) for step in steps(gpu, "tiny", tmp_path)]
+    options: dict[str, set[str]] = {}
+    for step in planned:
+        known = options.setdefault(step.command[0], set())
+        known.update(word for word in step.command if word.startswith("--"))
+    del options["pytest"]
+    for module, wanted in options.items():
+        command = ("bench", "--help") if module == "minigen" else ("--help",)
+        run = run_minigen if module == "minigen" else partial(run_tool, module.split(".")[1])
+        helped = run(*command)
+        assert helped.returncode == 0
+        assert not {option for option in wanted if option not in helped.stdout}
+    for gpu in (False, True):
+        names = [step.name for step in steps(gpu, "tiny", tmp_path)]
+        assert len(set(names)) == len(names)
+
+
+def test_unknown_steps_are_refused(tmp_path) -> None:
+    said = run_tool("report", "--output", tmp_path / "out", "--only", "speed")
+    assert said.returncode == 2
+    assert "--only speed: the steps here are" in said.stderr
+    assert not (tmp_path / "out").exists()
