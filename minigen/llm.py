@@ -226,7 +226,8 @@ class LLM:
         given, file = self._generation, (self.path or Path()) / "generation_config.json"
         values = {k: given[k] for k in GENERATION_DEFAULTS if given.get(k) is not None}
         if given.get("do_sample") is False:
-            values = {"temperature": 0.0}
+            # Greedy; a penalty applies all the same, filters where a temperature is asked for.
+            values["temperature"] = 0.0
         values = {name: value for name, value in values.items() if name not in overrides}
         try:
             SamplingParams(**values)
