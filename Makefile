@@ -25,7 +25,7 @@ endif
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
 
-chat: $(VENV)/.minigen ## talk with a model: make chat MODEL=directory-or-hub-name [ARGS=...]
+chat: $(VENV)/.minigen ## talk with the bundled model, or another: MODEL=directory-or-hub-name [ARGS=...]
 	@$(PY) -m minigen chat $(if $(MODEL),--model "$(MODEL)") $(ARGS)
 
 check: $(VENV)/.test $(VENV)/.check ## format, lint and types

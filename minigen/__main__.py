@@ -9,9 +9,11 @@ import traceback
 from collections.abc import Sequence
 
 from minigen import cli, train_options
+from minigen.weights import bundled
 
 EPILOG = """\
 examples:
+  python -m minigen chat
   python -m minigen chat --model ./SmolLM2-135M-Instruct
   python -m minigen generate --model ./SmolLM2-135M --prompt "Once upon a time"
   python -m minigen bench fixed --shape smollm2-135m --batch-size 1 16
@@ -21,6 +23,7 @@ examples:
 
 CHAT_EPILOG = """\
 examples:
+  python -m minigen chat
   python -m minigen chat --model ./SmolLM2-135M-Instruct
   python -m minigen chat --model ./SmolLM2-135M-Instruct --temperature 0.7 --system "Be brief."
   echo "What is a llama?" | python -m minigen chat --model ./SmolLM2-135M-Instruct --compile eager
@@ -32,6 +35,7 @@ continues each line as plain text; an empty line lets it begin by itself."""
 
 GENERATE_EPILOG = """\
 examples:
+  python -m minigen generate --prompt "Once upon a time"
   python -m minigen generate --model ./SmolLM2-135M --prompt "Once upon a time" --max-tokens 100
   python -m minigen generate --model ./SmolLM2-135M --input prompts.jsonl --output out.jsonl
 
@@ -84,8 +88,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     args.argv = list(argv)
     try:
-        if args.command in ("chat", "generate") and args.model is None:
-            raise ValueError(cli.NO_MODEL)
         return args.run(args)
     except KeyboardInterrupt:
         return cli.EXIT_INTERRUPTED
@@ -153,7 +155,7 @@ def _parser() -> cli.Parser:
         epilog=CHAT_EPILOG,
         formatter_class=raw,
     )
-    cli.add_engine_options(chat)
+    cli.add_engine_options(chat, default_model=bundled.NAME)
     chat.add_argument("--system", metavar="TEXT", help="the system message")
     cli.add_sampling_options(chat, max_tokens="what the context has room for")
     chat.set_defaults(run=_run_chat)
@@ -171,7 +173,7 @@ def _parser() -> cli.Parser:
     )
     work.add_argument("--input", metavar="FILE", help="requests, one JSON object a line")
     work.add_argument("--output", metavar="FILE", help="results, one JSON object a line")
-    cli.add_engine_options(generate)
+    cli.add_engine_options(generate, default_model=bundled.NAME)
     cli.add_sampling_options(generate, max_tokens="256", many=True)
     generate.set_defaults(run=_run_generate)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from minigen import cli
+from minigen.weights import bundled
 
 if TYPE_CHECKING:
     from minigen.llm import LLM
@@ -415,12 +416,18 @@ class Chat:
         self._request_numbers = itertools.count()
         self._compile_status: str | None = None
 
-    def greet(self, model: str) -> None:
-        """Say what there is to know before the first message."""
+    def greet(self, model: str | None) -> None:
+        """Say what there is to know before the first message; None is the bundled model."""
+        if model is None:
+            # In a script, too: what was not chosen should be known.
+            self._screen.note(
+                f"this is {bundled.NAME}, the small model that comes with minigen: --model "
+                "PATH_OR_HUB_ID, with make MODEL=PATH_OR_HUB_ID, chooses another"
+            )
         if self._screen.interactive:
             self._screen.note(
-                f"{model}, context {self._llm.max_model_len} tokens. /help lists the commands, "
-                "Ctrl-C stops a reply, Ctrl-D leaves."
+                f"{model or bundled.NAME}, context {self._llm.max_model_len} tokens. "
+                "/help lists the commands, Ctrl-C stops a reply, Ctrl-D leaves."
             )
         if not self._tokenizer.has_chat_template:
             self._screen.note(

@@ -22,12 +22,6 @@ if TYPE_CHECKING:
 
 EXIT_OK, EXIT_RUNTIME, EXIT_USAGE, EXIT_INTERRUPTED = 0, 1, 2, 130
 
-NO_MODEL = (
-    "--model is missing: give a directory in Hugging Face layout (config.json, *.safetensors, "
-    "tokenizer.json) or a hub name such as HuggingFaceTB/SmolLM2-135M-Instruct, which is "
-    "downloaded on first use"
-)
-
 
 # --- sampling parameters -------------------------------------------------------------------------
 
@@ -157,13 +151,15 @@ def _bias(text: str) -> Any:
         ) from None
 
 
-def add_engine_options(parser: argparse.ArgumentParser) -> None:
+def add_engine_options(parser: argparse.ArgumentParser, default_model: str | None = None) -> None:
+    """The options of the model and how it runs; the help names `default_model`, if there is one."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
         metavar="PATH_OR_HUB_ID",
         help="a directory in Hugging Face layout, or a hub name such as "
-        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "HuggingFaceTB/SmolLM2-135M-Instruct"
+        + (f"; by default {default_model}, which comes with minigen" if default_model else ""),
     )
     group.add_argument(
         "--dtype",

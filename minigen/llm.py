@@ -41,7 +41,7 @@ class LLM:
     """A loaded model.
 
     Args:
-        model: directory in Hugging Face layout, or a hub name.
+        model: directory in Hugging Face layout, or a hub name; default the bundled model.
         dtype: "auto" (the checkpoint's), a name or a torch dtype.
         device: "auto" (cuda if there is one), "cpu" or "cuda[:n]".
         compile: "eager", "default", "reduce-overhead" or "max-autotune".
@@ -59,12 +59,13 @@ class LLM:
         seed: for requests without a seed.
 
     Raises:
-        CheckpointError: the checkpoint is broken. ValueError: an option or the config is wrong.
+        CheckpointError: the checkpoint is broken, or none is found. ValueError: an option or the
+            config is wrong.
     """
 
     def __init__(
         self,
-        model: str | Path | _RandomWeights,
+        model: str | Path | _RandomWeights | None = None,
         *,
         dtype: str | torch.dtype = "auto",
         device: str | torch.device = "auto",
@@ -178,7 +179,7 @@ class LLM:
 
     def _load(
         self,
-        model: str | Path | _RandomWeights,
+        model: str | Path | _RandomWeights | None,
         dtype: torch.dtype | None,
         max_length: int | None,
         progress: bool,
@@ -226,7 +227,8 @@ class LLM:
         given, file = self._generation, (self.path or Path()) / "generation_config.json"
         values = {k: given[k] for k in GENERATION_DEFAULTS if given.get(k) is not None}
         if given.get("do_sample") is False:
-            values = {"temperature": 0.0}
+            # Greedy; a penalty applies all the same, filters where a temperature is asked for.
+            values["temperature"] = 0.0
         values = {name: value for name, value in values.items() if name not in overrides}
         try:
             SamplingParams(**values)

@@ -28,7 +28,13 @@ CORPUS = [
 CONTEXT = 4096
 
 
-def make_model(path: Path, chat_template: str | None = CHAT_TEMPLATE, tokenizer: bool = True):
+def make_model(
+    path: Path,
+    chat_template: str | None = CHAT_TEMPLATE,
+    tokenizer: bool = True,
+    seed: int = 0,
+    max_shard_size: str = "1GB",
+) -> Path:
     """A Llama of random weights with a byte-level tokenizer, made from a fixed seed."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -44,7 +50,7 @@ def make_model(path: Path, chat_template: str | None = CHAT_TEMPLATE, tokenizer:
         show_progress=False,
     )
     backend.train_from_iterator(CORPUS, trainer)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=backend.get_vocab_size(),
         hidden_size=32,
@@ -57,7 +63,7 @@ def make_model(path: Path, chat_template: str | None = CHAT_TEMPLATE, tokenizer:
         bos_token_id=0,
         eos_token_id=2,
     )
-    LlamaForCausalLM(config).float().save_pretrained(path)
+    LlamaForCausalLM(config).float().save_pretrained(path, max_shard_size=max_shard_size)
     (path / "generation_config.json").write_text(
         json.dumps({"bos_token_id": 0, "eos_token_id": 2, "do_sample": False})
     )
@@ -67,6 +73,15 @@ def make_model(path: Path, chat_template: str | None = CHAT_TEMPLATE, tokenizer:
         if chat_template is not None:
             settings["chat_template"] = chat_template
         (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    return path
+
+
+def make_bundled(path: Path, seed: int = 0) -> Path:
+    """The same with the files that the bundled model has: shards, a template, a card."""
+    make_model(path, chat_template=None, seed=seed, max_shard_size="60KB")
+    (path / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    (path / "README.md").write_text("# A stand-in of random weights\n")
+    assert len(list(path.glob("*.safetensors"))) > 1
     return path
 
 

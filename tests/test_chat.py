@@ -15,6 +15,7 @@ import pytest
 from minigen import chat as chat_module
 from minigen.__main__ import main
 from minigen.chat import Chat, Conversation, completions, printable, splice
+from minigen.weights import bundled
 from minigen.weights.tokenizer import Tokenizer
 from tests.command_line import (
     CONTEXT,
@@ -444,6 +445,18 @@ def test_model_without_tokenizer(llm, monkeypatch):
         make_chat(llm)
 
 
+def test_greeting_names_the_bundled_model_and_the_way_to_another(llm):
+    chat, screen = make_chat(llm)
+    chat.greet("some/model")
+    assert screen.notes[0].startswith("some/model, context 256 tokens.")
+    assert not [note for note in screen.notes if bundled.NAME in note]
+    screen.notes.clear()
+    chat.greet(None)
+    assert screen.notes[0].startswith(f"this is {bundled.NAME}, ")
+    assert "--model" in screen.notes[0]
+    assert screen.notes[1].startswith(f"{bundled.NAME}, context 256 tokens.")
+
+
 # --- in a script ---------------------------------------------------------------------------------
 
 FAST = ("--compile", "eager", "--device", "cpu")
@@ -573,7 +586,6 @@ def test_warnings_are_sentences(model, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["chat"], "--model is missing: give a directory in Hugging Face layout"),
         (["chat", "--model", "/nowhere/at/all"], "/nowhere/at/all"),
         (["chat", "--model", "m", "--temperature", "-1"], "temperature"),
         (["generate", "--model", "m"], "nothing to generate"),

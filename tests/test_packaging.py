@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.command_line import ROOT
+from minigen.weights import bundled
+from tests.command_line import ROOT, make_bundled
 
 packaging = pytest.importorskip("packaging.requirements")
 
@@ -45,10 +46,10 @@ def sources() -> list[Path]:
     )
 
 
-def python(code: str, **options) -> str:
+def python(code: str, *flags: str, **options) -> str:
     options = {"cwd": ROOT, **options}
     finished = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, **options
+        [sys.executable, *flags, "-c", code], capture_output=True, text=True, check=False, **options
     )
     assert finished.returncode == 0, finished.stderr[-2000:]
     return finished.stdout
@@ -143,15 +144,23 @@ def test_help_does_not_load_torch() -> None:
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory) -> Path:
-    """A copy of what is built: builds leave files beside their sources."""
+    """A copy of what is built: builds leave files beside their sources.
+
+    A tiny model stands in for the bundled one, which need not be there and would be copied often.
+    """
     copy = tmp_path_factory.mktemp("tree")
+    copy_tree(copy)
+    make_bundled(copy / "weights" / bundled.NAME)
+    return copy
+
+
+def copy_tree(copy: Path) -> None:
     for name in ("LICENSE", "README.md", "pyproject.toml"):
         shutil.copy(ROOT / name, copy)
     for name in ("kernels", "minigen", "weights"):
-        ignore = shutil.ignore_patterns("__pycache__")
+        ignore = shutil.ignore_patterns("__pycache__", bundled.NAME)
         shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=ignore)
     assert (copy / "minigen" / "kernels").is_symlink()
-    return copy
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +176,16 @@ def wheel(tree, tmp_path_factory) -> Path:
     )
     assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-2000:]
     [built] = target.glob("minigen-*.whl")
+    return built
+
+
+def build(kind: str, tree: Path, target: Path) -> Path:
+    """What setuptools builds of a tree: a "wheel", an "sdist" or an "editable" wheel."""
+    pytest.importorskip("setuptools", minversion="77")
+    target.mkdir(exist_ok=True)
+    code = f"import setuptools.build_meta as b; b.build_{kind}({str(target)!r})"
+    python(code, cwd=tree)
+    [built] = target.iterdir()
     return built
 
 
@@ -208,14 +227,95 @@ def test_unpacked_wheel_imports_elsewhere(wheel, tmp_path) -> None:
 
 
 def test_sdist_holds_each_module(tree, tmp_path) -> None:
-    pytest.importorskip("setuptools", minversion="77")
-    python(
-        f"from setuptools.build_meta import build_sdist; build_sdist({str(tmp_path)!r})", cwd=tree
-    )
-    [built] = tmp_path.glob("minigen-*.tar.gz")
-    with tarfile.open(built) as file:
+    with tarfile.open(build("sdist", tree, tmp_path / "sdist")) as file:
         names = {name.partition("/")[2] for name in file.getnames()}
     assert modules_of(tree) <= names
+    assert files_of_model(tree) <= names
+
+
+def files_of_model(tree: Path) -> set[str]:
+    """`minigen/weights/minichat-11m/config.json`, … as an installation has them."""
+    model = tree / "weights" / bundled.NAME
+    files = {f"minigen/weights/{bundled.NAME}/{file.name}" for file in model.iterdir()}
+    assert len(files) >= len(bundled.FILES) + 3  # an index, two shards
+    return files
+
+
+def test_wheel_carries_the_model_and_serves_it(tree, wheel, tmp_path) -> None:
+    assert files_of_model(tree) <= set(zipfile.ZipFile(wheel).namelist())
+    site = tmp_path / "site"
+    options = ["--quiet", "--no-deps", "--no-index", "--no-compile", "--target", str(site)]
+    subprocess.run([sys.executable, "-m", "pip", "install", *options, str(wheel)], check=True)
+    options = ["--compile", "eager", "--device", "cpu", "--temperature", "0", "--ignore-eos"]
+    arguments = ["generate", "--prompt", "Once upon a time", "--max-tokens", "8", *options]
+    finished = subprocess.run(
+        [sys.executable, "-m", "minigen", *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    assert finished.stdout == continuation(tree / "weights" / bundled.NAME) + "\n"
+
+
+def continuation(model: Path) -> str:
+    from minigen import LLM, SamplingParams
+
+    llm = LLM(model, compile="eager", device="cpu", progress=False)
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    return llm.generate("Once upon a time", params, progress=False)[0].outputs[0].text
+
+
+def test_editable_installation_finds_the_model(tree, tmp_path) -> None:
+    with zipfile.ZipFile(build("editable", tree, tmp_path / "editable")) as file:
+        file.extractall(tmp_path / "site")
+    # -S: what this environment has installed in the same way would be found first.
+    packages = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+    told = python(
+        f"import site, sys; site.addsitedir({str(tmp_path / 'site')!r}); sys.path += {packages}\n"
+        "from minigen.weights.bundled import bundled_model\n"
+        "print(bundled_model().resolve())",
+        "-S",
+        cwd=tmp_path,
+    )
+    assert Path(told.strip()) == (tree / "weights" / bundled.NAME).resolve()
+
+
+def test_wheel_without_the_model_builds_and_says_so(tmp_path) -> None:
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    copy_tree(tree)
+    with zipfile.ZipFile(build("wheel", tree, tmp_path / "wheel")) as file:
+        assert modules_of(tree) <= set(file.namelist())
+        file.extractall(tmp_path / "site")
+    told = python(
+        "from minigen.weights.bundled import bundled_model\n"
+        "try:\n    bundled_model()\nexcept ValueError as error:\n    print(error)",
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+    )
+    assert "carries no model of its own" in told
+
+
+def test_git_ignores_no_file_of_the_model() -> None:
+    shards = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    names = [*bundled.FILES, "README.md", "model.safetensors.index.json", *shards]
+    files = [f"weights/{bundled.NAME}/{name}" for name in names]
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        pytest.skip("needs git and a clone")
+
+    def ignored(names: list[str]) -> list[str]:
+        # Only the rules of the project: a user may ignore what they like.
+        options = ["-c", "core.excludesFile=/dev/null", "check-ignore", "--no-index"]
+        finished = subprocess.run(
+            ["git", *options, *names], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        return finished.stdout.split()
+
+    assert ignored(["build/x", *files]) == ["build/x"]
 
 
 # --- versions ------------------------------------------------------------------------------------

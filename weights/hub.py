@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from minigen.weights import bundled
 from minigen.weights.errors import CheckpointError
 
 # What a checkpoint consists of. Pickle files are not even fetched.
@@ -12,18 +13,23 @@ IGNORED_PATTERNS = ["consolidated*", "original/*"]
 _HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
 
 
-def resolve_model(name_or_path: str | Path) -> Path:
+def resolve_model(name_or_path: str | Path | None) -> Path:
     """The directory of a checkpoint: the one given, or the local copy of a hub repository.
 
-    An existing directory wins over a hub id of the same name. Raises CheckpointError, with what to
-    do about it, if there is no such directory and the hub cannot give one.
+    None is the bundled model, which its name means too. An existing directory wins over that name
+    and over a hub id. Raises CheckpointError, with what to do about it, if there is no such
+    directory and the hub cannot give one.
     """
+    if name_or_path is None:
+        return bundled.bundled_model()
     name = str(name_or_path)
     path = Path(name).expanduser()
     if name and path.is_dir():  # Path("") is the working directory
         return path
     if name and path.exists():
         raise CheckpointError(f"{path} is a file: give the directory that holds the checkpoint")
+    if name_or_path == bundled.NAME:
+        return bundled.bundled_model()
     local = isinstance(name_or_path, Path) or name.startswith(("/", ".", "~")) or "\\" in name
     if local or not _HUB_ID.fullmatch(name):
         raise CheckpointError(
