@@ -109,6 +109,20 @@ def test_slots_are_drawn_together_and_kept() -> None:
     assert seen == {("dog", 2), ("dog", 4), ("cat", 2), ("cat", 4)}
 
 
+def test_half_of_the_names_are_made_up() -> None:
+    own = Dialogues.parse("= ~name: Ann | Bob\n\nu: I am {name}.\na: Hi {name}!\n")
+    rng = random.Random(0)
+    names = []
+    for _ in range(400):
+        messages = own.draw(rng, "Mini")["messages"]
+        names.append(messages[-1]["content"].removeprefix("Hi ").removesuffix("!"))
+        assert names[-1].lower() in messages[-2]["content"].lower()
+        assert re.fullmatch("[A-Z][a-z]+", names[-1])
+    given = sum(name in ("Ann", "Bob") for name in names)
+    assert 150 < given < 250
+    assert len(set(names)) > 100
+
+
 def test_what_is_recalled_was_said() -> None:
     rng, count = random.Random(1), 0
     for _ in range(4000):

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from tools.chat_recipe.clean import is_foul
+
 ROLES = {"u": "user", "a": "assistant"}
 _SLOT = re.compile(r"\{(\w+)\}")
 _SYSTEM = ("You are a helpful assistant.", "You are a friendly little model.", "Be kind and brief.")
@@ -19,6 +21,13 @@ class Group:
 
     names: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    invented: bool = False
+
+    def draw(self, rng: random.Random) -> tuple[str, ...]:
+        """A row; of a group of names that may be invented, an invented one half of the time."""
+        if self.invented and rng.random() < 0.5:
+            return tuple(invented_name(rng) for _ in self.names)
+        return rng.choice(self.rows)
 
 
 @dataclass(frozen=True)
@@ -84,7 +93,7 @@ class Dialogues:
         """A conversation as {"messages"}, of one block or several; `name` is the model's."""
         values = {"self": name}
         for group in self.groups:
-            values.update(zip(group.names, rng.choice(group.rows), strict=True))
+            values.update(zip(group.names, group.draw(rng), strict=True))
         openers = [block for block in self.blocks if block.recall is None]
         count = rng.choice((1, 1, 1, 2, 2, 3))
         chosen = rng.choices(openers, [block.weight for block in openers], k=count)
@@ -124,6 +133,33 @@ def fill(text: str, values: dict[str, str]) -> str:
     return re.sub(r"(^|[.!?] )([a-z])", lambda m: m[1] + m[2].upper(), text)
 
 
+def invented_name(rng: random.Random) -> str:
+    """A name nobody has, so that the model learns to repeat names and not to guess them."""
+    starts = (
+        "b",
+        "br",
+        "d",
+        "f",
+        "g",
+        "h",
+        "j",
+        "k",
+        "l",
+        "m",
+        "n",
+        "p",
+        "r",
+        "s",
+        "t",
+        "v",
+        "z",
+        "",
+    )
+    parts = [rng.choice(starts) + rng.choice("aeiou") for _ in range(rng.choice((2, 2, 3)))]
+    name = ("".join(parts) + rng.choice(("", "", "n", "r", "s", "l", "x"))).capitalize()
+    return invented_name(rng) if is_foul(name) else name
+
+
 def your(text: str) -> str:
     """What the user says of themselves, as said back to them."""
     words = {"my": "your", "I": "you", "me": "you"}
@@ -141,11 +177,11 @@ def _typed(text: str, rng: random.Random) -> str:
 
 def _group(text: str, number: int) -> Group:
     head, colon, rest = text.partition(":")
-    names = tuple(name.strip() for name in head.split(","))
+    names = tuple(name.strip().removeprefix("~") for name in head.split(","))
     # The last of a row may hold commas.
     rows = tuple(
         tuple(cell.strip() for cell in row.split(",", len(names) - 1)) for row in rest.split(" | ")
     )
     if not colon or any(len(row) != len(names) or not all(row) for row in rows):
         raise ValueError(f"line {number}: each alternative must give all of {head.strip()} a value")
-    return Group(names, rows)
+    return Group(names, rows, head.lstrip().startswith("~"))
