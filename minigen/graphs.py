@@ -15,8 +15,8 @@ from torch import Tensor
 from minigen.sampling import SamplingTensors
 from minigen.step import StepSize, StepTensors
 
-# (step, sampling, mode) -> what the step drew [R] and its logits [R, V]
-DecodeCall = Callable[[StepTensors, SamplingTensors, str], tuple[Tensor, Tensor]]
+# (step, sampling, head) -> what the step drew [R], or its logits [R, V]
+DecodeCall = Callable[[StepTensors, SamplingTensors, str], Tensor]
 FIRST_WIDTH = 64  # blocks a sequence: 1,024 tokens in blocks of 16
 
 
@@ -43,15 +43,19 @@ def width_for(num_blocks: int) -> int:
     return width
 
 
-Captured = tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor]]
+Captured = tuple[torch.cuda.CUDAGraph, Tensor]
 
 
 class DecodeGraphs:
-    """Owns the buffers and graphs of decode steps, by batch size, table width and kind of draw.
+    """Owns the buffers and graphs of decode steps, by batch size, table width and head.
+
+    Graphs share their memory but for results, which last: tokens are small, logits are not (the
+    usual sizes' of a vocabulary of 151,936 are 2.6 GB together). So a head gives logits only where
+    they are needed, and those graphs are not among the ones captured beforehand.
 
     Args:
         call: a decode step on tensors; it must not wait for the device.
-        sampling_for: (number of rows, mode, buffer) -> sampling of so many null rows, in it.
+        sampling_for: (number of rows, head, buffer) -> sampling of so many null rows, in it.
         write_null_step: fills a buffer on the device with a step that has only null rows.
         max_num_seqs: the largest step.
     """
@@ -76,18 +80,18 @@ class DecodeGraphs:
         rows = next(size for size in self.sizes if size >= num_seqs)
         return StepSize(rows, rows, rows, width_for(num_blocks))
 
-    def capture_all(self, modes: Sequence[str]) -> Iterator[StepSize]:
+    def capture_all(self, heads: Sequence[str]) -> Iterator[StepSize]:
         """Captures every batch size at the first width, the largest first: they share memory."""
         for rows in reversed(self.sizes):
             size = self.size_for(rows, 1)
-            for mode in modes:
-                self.buffers(size, mode)
+            for head in heads:
+                self.buffers(size, head)
                 yield size
 
-    def buffers(self, size: StepSize, mode: str) -> tuple[Tensor, Tensor]:
+    def buffers(self, size: StepSize, head: str) -> tuple[Tensor, Tensor]:
         """The bytes of the step and of its sampling, to be filled before `run`.
 
-        A size and mode that is new is captured here, on null rows: the calls that come before a
+        A size and head that is new is captured here, on null rows: the calls that come before a
         capture would draw a real step's tokens twice. Raises CaptureError.
         """
         if size not in self._buffers:
@@ -96,36 +100,36 @@ class DecodeGraphs:
                 torch.zeros(n, dtype=torch.uint8, device=self._device) for n in num_bytes
             )
             self._buffers[size] = step_bytes, sampling_bytes
-        if self._device.type == "cuda" and (size, mode) not in self._graphs:
+        if self._device.type == "cuda" and (size, head) not in self._graphs:
             try:
-                self._graphs[size, mode] = self._capture(size, mode)
+                self._graphs[size, head] = self._capture(size, head)
             except RuntimeError as error:  # out of memory, or something no graph can hold
                 raise CaptureError(str(error)) from error
         return self._buffers[size]
 
-    def run(self, size: StepSize, sampling: SamplingTensors, mode: str) -> tuple[Tensor, Tensor]:
-        """Runs what the buffers hold; the results last until the next run, of any size."""
+    def run(self, size: StepSize, sampling: SamplingTensors, head: str) -> Tensor:
+        """Runs what the buffers hold; the result lasts until the next run, of any size."""
         if self._device.type != "cuda":
-            return self._call(size.views(self._buffers[size][0]), sampling, mode)
-        graph, results = self._graphs[size, mode]
+            return self._call(size.views(self._buffers[size][0]), sampling, head)
+        graph, result = self._graphs[size, head]
         graph.replay()
-        return results
+        return result
 
-    def _capture(self, size: StepSize, mode: str) -> Captured:
+    def _capture(self, size: StepSize, head: str) -> Captured:
         step_bytes, sampling_bytes = self._buffers[size]
         self._write_null_step(step_bytes, size)
-        sampling = self._sampling_for(size.num_rows, mode, sampling_bytes)
+        sampling = self._sampling_for(size.num_rows, head, sampling_bytes)
         step = size.views(step_bytes)
         current, stream = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             for _ in range(2):  # kernels are loaded and libraries get their memory, which no
-                self._call(step, sampling, mode)  # capture allows
+                self._call(step, sampling, head)  # capture allows
         current.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # Of this thread: another one may compile meanwhile.
         with torch.cuda.graph(
             graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
         ):
-            results = self._call(step, sampling, mode)
-        return graph, results
+            result = self._call(step, sampling, head)
+        return graph, result

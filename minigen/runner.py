@@ -38,6 +38,8 @@ from minigen.step import StepSize, StepTensors, write_step
 COMPILE_MODES = ("eager", "default", "reduce-overhead", "max-autotune")
 COMPILE_THREAD = "minigen-compile"
 COMPILED_DRAWS = ("greedy", "plain")
+# The head that gives logits, for all other draws, edits and log-probabilities.
+LOGITS = "logits"
 # The compiler's bounds for usual settings, so that all of these share what the compile cache holds.
 # Low enough that no tensor of a step has more than 2^31 elements.
 MOST_TOKENS, MOST_ROWS = 8192, 2048
@@ -138,7 +140,7 @@ class Runner:
         self.compile = compile
         self._status = "eager" if compile == "eager" else "compiling"
         self._hidden: Callable[..., Tensor] = self._hidden_step
-        self._head: Callable[..., tuple[Tensor, Tensor]] = self._head_step
+        self._head: Callable[..., Tensor] = self._head_step
         self._graphs: DecodeGraphs | None = None
         if decode_graphs or (
             decode_graphs is None and self.device.type == "cuda" and compile == "default"
@@ -173,11 +175,13 @@ class Runner:
         kv = PagedKV(self.caches, slots_T, kv_lens_S, block_table_SW)
         return self.model.hidden_states(tokens_T, positions_T, cu_seqlens_S1, kv)
 
-    def _head_step(
-        self, hidden_TE: Tensor, last_R: Tensor, mode: Any, *sampling: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _head_step(self, hidden_TE: Tensor, last_R: Tensor, head: Any, *sampling: Tensor) -> Tensor:
+        """What one of `COMPILED_DRAWS` draws [R], or the logits [R, V] that `LOGITS` asks for.
+
+        Not both: a draw that gives no logits need not write them to memory as fp32.
+        """
         logits_RV = self.model.logits(hidden_TE[last_R])
-        return draw(logits_RV, *sampling, mode=mode), logits_RV
+        return logits_RV if head == LOGITS else draw(logits_RV, *sampling, mode=head)
 
     def start_compiling(self, background: bool) -> None:
         """Compiles both functions, at once or in a thread while the uncompiled ones serve."""
@@ -213,24 +217,24 @@ class Runner:
                 for tensor in (*(t for pair in self.caches for t in pair), self.last_tokens_M):
                     torch._dynamo.mark_static_address(tensor)
                 hidden = torch.compile(self._hidden_step, fullgraph=True, mode=mode)
-                head = torch.compile(self._head_step, fullgraph=True, mode=mode)
+                head_step = torch.compile(self._head_step, fullgraph=True, mode=mode)
                 # Sizes all differ: equal ones would be taken for one and the same.
                 step = self._null_step(StepSize(num_tokens=11, num_seqs=5, num_rows=3, width=7))
                 self._mark(step)
                 hidden_TE = hidden(*self._hidden_inputs(step))
                 hidden_TE = hidden_TE.clone()
                 torch._dynamo.mark_dynamic(hidden_TE, 0, min=2, max=self._most_tokens)
-                for draw_mode in COMPILED_DRAWS:
-                    sampling = self._null_sampling(3, draw_mode, None)
+                for head in (*COMPILED_DRAWS, LOGITS):
+                    sampling = self._null_sampling(3, head, None)
                     for tensor in (step.last_R, *sampling.tensors()):
                         torch._dynamo.mark_dynamic(tensor, 0, min=2, max=self._most_rows)
-                    head(hidden_TE, step.last_R, sampling.mode, *sampling.tensors())
+                    head_step(hidden_TE, step.last_R, head, *sampling.tensors())
         # No compiler, no headers, a bug of the compiler: the uncompiled step serves on.
         except Exception as error:
             reason = str(error).strip().splitlines()
             self._status = f"failed: {type(error).__name__}: {reason[0] if reason else 'no reason'}"
             return
-        self._hidden, self._head = hidden, head
+        self._hidden, self._head = hidden, head_step
         self._status = "ready"
 
     @staticmethod
@@ -273,8 +277,8 @@ class Runner:
     def _write_null_step(self, step_bytes: Tensor, size: StepSize) -> None:
         self._upload([], size, step_bytes)
 
-    def _null_sampling(self, num_rows: int, mode: str, into: Tensor | None) -> SamplingTensors:
-        params = SamplingParams(temperature=0.0 if mode == "greedy" else 1.0)
+    def _null_sampling(self, num_rows: int, head: str, into: Tensor | None) -> SamplingTensors:
+        params = SamplingParams(temperature=1.0 if head == "plain" else 0.0)
         return self._sampling([self._null_row(params)] * num_rows, into)
 
     @staticmethod
@@ -310,16 +314,16 @@ class Runner:
             scored: {index of a chunk: number of top log-probabilities} whose prompt is scored.
         """
         sampled = [chunk for chunk in chunks if chunk.samples]
-        rows, mode = list(sampling_rows), "greedy"
-        if rows:
-            wanted = mode_for(rows, self.model.config.vocab_size)
-            # Two modes are compiled; the draws that filter run uncompiled on the same logits.
-            mode = wanted if wanted in COMPILED_DRAWS else "greedy"
+        rows, head = list(sampling_rows), LOGITS
+        if num_logprobs is None and not any(row.needs_edits for row in rows):
+            mode = mode_for(rows, self.model.config.vocab_size)
+            # The draws that filter run uncompiled on the logits.
+            head = mode if mode in COMPILED_DRAWS else LOGITS
         scores = []
-        captured = self._replay_size(chunks, scored, mode)
+        captured = self._replay_size(chunks, scored, head)
         if captured is not None:
             rows = self._padded(rows, captured.num_rows)
-            step, sampling, drawn_R, logits_RV = self._replay(captured, chunks, rows, mode)
+            step, sampling, result = self._replay(captured, chunks, rows, head)
         else:
             size = StepSize.of(chunks)
             step = size.views(self._upload(chunks, size))
@@ -329,16 +333,18 @@ class Runner:
             if rows:
                 rows = self._padded(rows, size.num_rows)
                 sampling = self._sampling(rows)
-                inputs = (hidden_TE, step.last_R, mode, *sampling.tensors())
-                drawn_R, logits_RV = self._timed(self._head, *inputs)
+                inputs = (hidden_TE, step.last_R, head, *sampling.tensors())
+                result = self._timed(self._head, *inputs)
         tokens_R = logprobs = event = None
         if sampled:
-            if sampling.needs_edits or mode != sampling.mode:
-                edited_RV = edit_logits(logits_RV, rows) if sampling.needs_edits else logits_RV
+            drawn_R = result
+            if head == LOGITS:
+                edited_RV = edit_logits(result, rows) if sampling.needs_edits else result
                 drawn_R = draw(edited_RV, *sampling.tensors(), mode=sampling.mode)
-            self.last_tokens_M[step.rows_R] = drawn_R
+            if captured is None or head == LOGITS:
+                self.last_tokens_M[step.rows_R] = drawn_R
             if num_logprobs is not None:
-                logprobs = top_logprobs(logits_RV, drawn_R, num_logprobs)
+                logprobs = top_logprobs(result, drawn_R, num_logprobs)
             tokens_R = self._download(drawn_R)
             if logprobs is not None:
                 logprobs = tuple(self._download(t) for t in logprobs)
@@ -386,13 +392,12 @@ class Runner:
         wanted = self._graphs is not None and self.device.type == "cuda"
         return len(self._graphs.sizes) * len(COMPILED_DRAWS) if wanted and self._graphs else 0
 
-    def _decode_call(
-        self, step: StepTensors, sampling: SamplingTensors, mode: str
-    ) -> tuple[Tensor, Tensor]:
+    def _decode_call(self, step: StepTensors, sampling: SamplingTensors, head: str) -> Tensor:
         hidden_TE = self._hidden(*self._hidden_inputs(step))
-        drawn_R, logits_RV = self._head(hidden_TE, step.last_R, mode, *sampling.tensors())
-        self.last_tokens_M[step.rows_R] = drawn_R
-        return drawn_R, logits_RV
+        result = self._head(hidden_TE, step.last_R, head, *sampling.tensors())
+        if head != LOGITS:
+            self.last_tokens_M[step.rows_R] = result
+        return result
 
     def _give_graphs_up(self, error: CaptureError) -> None:
         self._graphs = None
@@ -403,7 +408,7 @@ class Runner:
         )
 
     def _replay_size(
-        self, chunks: list[Chunk], scored: dict[int, int], mode: str
+        self, chunks: list[Chunk], scored: dict[int, int], head: str
     ) -> StepSize | None:
         """The captured size that serves this step; None for one that does not only decode, or
         while what would be captured is not compiled."""
@@ -413,22 +418,22 @@ class Runner:
         num_blocks = max(len(chunk.sequence.blocks) for chunk in chunks)
         size = self._graphs.size_for(len(chunks), num_blocks)
         try:
-            self._graphs.buffers(size, mode)
+            self._graphs.buffers(size, head)
         except CaptureError as error:
             self._give_graphs_up(error)
             return None
         return size
 
     def _replay(
-        self, size: StepSize, chunks: list[Chunk], rows: list[Row], mode: str
-    ) -> tuple[StepTensors, SamplingTensors, Tensor, Tensor]:
+        self, size: StepSize, chunks: list[Chunk], rows: list[Row], head: str
+    ) -> tuple[StepTensors, SamplingTensors, Tensor]:
         """Runs a step of padded rows from the buffers of its size."""
         assert self._graphs is not None
-        step_bytes, sampling_bytes = self._graphs.buffers(size, mode)
+        step_bytes, sampling_bytes = self._graphs.buffers(size, head)
         self._upload(chunks, size, step_bytes)
         sampling = self._sampling(rows, sampling_bytes)
-        drawn_R, logits_RV = self._timed(self._graphs.run, size, sampling, mode)
-        return size.views(step_bytes), sampling, drawn_R, logits_RV
+        result = self._timed(self._graphs.run, size, sampling, head)
+        return size.views(step_bytes), sampling, result
 
     def _padded(self, rows: list[Row], count: int) -> list[Row]:
         """The rows and null rows that need no other mode, `count` in all."""

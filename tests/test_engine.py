@@ -862,6 +862,13 @@ def test_one_compilation_serves_every_mix_of_lengths(monkeypatch) -> None:
         assert run(made, group, [params] * len(group)) == [[greedy(model, p, 6)] for p in group]
         drawn = [SamplingParams(seed=i, max_tokens=6, ignore_eos=True) for i in range(len(group))]
         assert run(made, group, drawn) == run(engine(), group, drawn)
+        # Draws that no compiled head makes: they take its logits.
+        for more in ({"top_p": 0.9}, {"top_k": 3}, {"presence_penalty": 1.0}, {"logprobs": 2}):
+            drawn = [
+                SamplingParams(seed=i, max_tokens=4, ignore_eos=True, **more)
+                for i in range(len(group))
+            ]
+            assert run(made, group, drawn) == run(engine(), group, drawn)
     assert dynamo.counters["stats"]["unique_graphs"] == before
 
 
