@@ -36,6 +36,8 @@ _SYNC_BUFFERS = (
     else "broadcast_buffers"
 )
 INIT_STD = 0.02
+# (block, x_TE, cos_TR, sin_TR, *what tells its sequences apart) -> x_TE
+Layer = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,10 @@ def initialise(decoder: Decoder, seed: int, std: float = INIT_STD) -> None:
                 parameter.normal_(0.0, residual_std if ends else std, generator=generator)
 
 
-def _layer(
+def packed_layer(
     block: Block, x_TE: Tensor, cos_TR: Tensor, sin_TR: Tensor, cu_seqlens_S1: Tensor
 ) -> Tensor:
+    """The block over sequences that lie end to end."""
     # Dense in, dense out: a jagged input would keep compiled code out of the cache on disk.
     return block(jagged(x_TE, cu_seqlens_S1), cos_TR, sin_TR, None).values()
 
@@ -98,6 +101,7 @@ class TrainingModel(nn.Module):
         compile: one of `COMPILE_MODES`.
         recompute: keep only each layer's input, and compute the layer again in the backward.
         dropout: share of what attention and MLP add that is dropped.
+        layer: runs one block; the tools compare others with the packed one.
     """
 
     def __init__(
@@ -108,6 +112,7 @@ class TrainingModel(nn.Module):
         compile: str = "default",
         recompute: bool = False,
         dropout: float = 0.0,
+        layer: Layer = packed_layer,
     ) -> None:
         super().__init__()
         self.decoder = decoder.requires_grad_(True).train()
@@ -115,12 +120,12 @@ class TrainingModel(nn.Module):
         for block in decoder.blocks:
             assert isinstance(block, Block)
             block.dropout = dropout
-        self._layer: Callable[..., Tensor] = _layer
+        self._layer = layer
         self._chunk_loss = chunk_loss
         self._compiled = compile != "eager"
         if self._compiled:
             mode = None if compile == "default" else compile
-            self._layer = torch.compile(_layer, fullgraph=True, mode=mode)
+            self._layer = torch.compile(layer, fullgraph=True, mode=mode)
             compiled = torch.compile(chunk_loss, fullgraph=True, mode=mode)
 
             def compiled_loss(
@@ -132,18 +137,18 @@ class TrainingModel(nn.Module):
 
             self._chunk_loss = compiled_loss
 
-    def hidden(self, tokens_T: Tensor, positions_T: Tensor, cu_seqlens_S1: Tensor) -> Tensor:
-        """Normed hidden states [T, E]."""
+    def hidden(self, tokens_T: Tensor, positions_T: Tensor, *sequences: Tensor) -> Tensor:
+        """Normed hidden states [T, E]; of the sequences the packed layer wants cu_seqlens_S1."""
         decoder = self.decoder
         x_TE = decoder.embedded(tokens_T, self.dtype)
         cos_TR, sin_TR = decoder.cos_PR[positions_T], decoder.sin_PR[positions_T]
         if self._compiled:
-            for x in (cos_TR, sin_TR, cu_seqlens_S1):
+            for x in (cos_TR, sin_TR, *sequences):
                 torch._dynamo.maybe_mark_dynamic(x, 0)
         for block in decoder.blocks:
             if self._compiled:
                 torch._dynamo.maybe_mark_dynamic(x_TE, 0)
-            inputs = (block, x_TE, cos_TR, sin_TR, cu_seqlens_S1)
+            inputs = (block, x_TE, cos_TR, sin_TR, *sequences)
             if self.recompute and torch.is_grad_enabled():
                 x_TE = checkpoint(
                     self._layer,

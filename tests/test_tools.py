@@ -27,8 +27,9 @@ from minigen.report import number, table
 from minigen.shapes import SHAPES
 from tests.command_line import run_minigen, run_tool
 from tools import compare_batching, padded
+from tools.batching_ways import WAYS, Padded, groups_of, padding_share
 from tools.common import NO_MATPLOTLIB, Plot, run
-from tools.compare_batching import WAYS, check_agreement, groups_of, lengths_of, padding_share
+from tools.compare_batching import check_agreement, lengths_of
 
 TINY = SHAPES["tiny"]
 SMALL = ("--shape", "tiny", "--compile", "eager")
@@ -405,12 +406,15 @@ def test_what_does_not_fit_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(padded, "sdpa_prefill", too_large)
     as_it_is = compare_batching.as_it_is
     rows = compare_batching.measure(
-        compare_batching.Padded, small_decoder("full"), [[1, 2], [3]], torch.tensor([[4, 5]]),
+        Padded, small_decoder("full"), [[1, 2], [3]], torch.tensor([[4, 5]]),
         1, as_it_is, as_it_is,
     )  # fmt: skip
     assert [(r["phase"], r["ms"], r["error"]) for r in rows] == [
-        (phase, None, "out of memory") for phase in ("prefill", "decode", "train")
+        (phase, None, "out of memory") for phase in ("prefill", "decode", "train-forward")
     ]
+    # Where it does not even fit in the check, it is not timed either.
+    found = check_agreement(small_decoder("full"), [[1, 2], [3]], torch.tensor([[4, 5]]))
+    assert [name for name, value in found.items() if value is None] == ["grouped", "padded"]
 
 
 def test_the_padded_ways_refuse_soft_caps() -> None:
@@ -453,7 +457,7 @@ def test_compare_batching(tmp_path: Path) -> None:
     )  # fmt: skip
     assert document["lengths"] == {"one-long": [32, 16, 16], "trace": [4, 32, 16]}
     rows = {(r["lengths"], r["phase"], r["way"]): r for r in document["rows"]}
-    assert len(rows) == 2 * 3 * 4
+    assert len(rows) == 2 * 4 * 4
     for row in rows.values():
         assert row["ms"] > 0
         assert row["tokens_s"] > 0
@@ -462,7 +466,7 @@ def test_compare_batching(tmp_path: Path) -> None:
     def padding(kind: str, phase: str, way: str) -> float:
         return rows[kind, phase, way]["padding"]
 
-    for phase in ("prefill", "train"):
+    for phase in ("prefill", "train-forward", "train-step"):
         for way in ("padded", "unpadded"):
             assert padding("one-long", phase, way) == pytest.approx(1 - 64 / 96, abs=1e-5)
             assert padding("trace", phase, way) == pytest.approx(1 - 52 / 96, abs=1e-5)

@@ -13,8 +13,11 @@ from minigen.shapes import SHAPES
 NO_MATPLOTLIB = "matplotlib is not installed: pip install 'minigen[plot]'"
 
 
-def parser(prog: str, description: str | None, plot: str) -> argparse.ArgumentParser:
-    """A parser with the options of the model and of the plot, whose file is `plot` by default."""
+def parser(prog: str, description: str | None, plot: str | None = None) -> argparse.ArgumentParser:
+    """A parser with the options of the model and, for a tool that draws one, of the plot.
+
+    `plot` is the plot's file by default.
+    """
     made = cli.Parser(prog=f"python -m {prog}", description=description)
     group = made.add_argument_group("model, random weights unless --model is given")
     group.add_argument("--shape", metavar="NAME", help=f"one of {', '.join(SHAPES)}")
@@ -25,11 +28,12 @@ def parser(prog: str, description: str | None, plot: str) -> argparse.ArgumentPa
     )
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     group.add_argument("--seed", type=int, default=0, metavar="N")
-    made.add_argument(
-        "--plot",
-        metavar="FILE",
-        help=f"a .png; {plot} by default, if matplotlib is installed; none: no plot",
-    )
+    if plot is not None:
+        made.add_argument(
+            "--plot",
+            metavar="FILE",
+            help=f"a .png; {plot} by default, if matplotlib is installed; none: no plot",
+        )
     made.set_defaults(default_plot=plot, decode_graphs=None)
     return made
 

@@ -7,10 +7,16 @@ unpadded  one rectangle, but every layer takes the real rows out for its attenti
 flat      minigen's: no padding anywhere
 
 All have the same weights and, checked in float32 before anything is timed, the same logits at every
-real token. Timed are the prefill, decode steps, and the forward of a training step (loss over all
-tokens, with what the backward will need kept). Padding is the share of computed token rows that
-nobody asked for; in decoding, the share of the cache's rows that hold no token at its end. The last
-line is one JSON document.
+real token. Timed are the prefill, decode steps, the forward of a training step (loss over all
+tokens, with what the backward will need kept), and a whole training step as `minigen train` takes
+it: forward, chunked cross-entropy, backward, clipping, AdamW. The losses and gradients of the
+latter must agree, too, in the dtype and compiled as they are timed.
+
+Padding is the share of computed token rows that nobody asked for; in decoding, the share of the
+cache's rows that hold no token at its end. Tokens a second count real tokens only. MFU is the share
+of the device's peak that the samples' arithmetic makes (6 FLOP a weight and token, and causal
+attention; neither padding nor what is recomputed counts). What does not fit into memory is
+reported as such. The last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -19,39 +25,34 @@ import argparse
 import math
 import random
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
+from tqdm import tqdm
 
 from minigen.bench import bar, environment, model_dtype
 from minigen.cli import positive
+from minigen.flops import peak_flops_of
 from minigen.kernels import varlen_attention
 from minigen.llm import device_of
-from minigen.measure import (
-    current_memory,
-    peak_memory,
-    percentile,
-    reset_peak_memory,
-    seconds_of,
-    synchronize,
-)
-from minigen.model import Decoder, DecoderConfig, PagedKV
+from minigen.measure import percentile, seconds_of, synchronize
+from minigen.model import Decoder, DecoderConfig
 from minigen.report import print_document, table
+from minigen.train_options import number
 from minigen.workloads import read_trace
 from tools import padded
+from tools.batching_ways import WAYS, Compile, Flat, Way
 from tools.common import Plot, bars, model_config, parser, run, tokens_of
-from tools.padded import Cache, PaddedBatch
+from tools.memory import OUT_OF_MEMORY, extra_memory, is_out_of_memory, release
+from tools.training_ways import TRAINING_WAYS, WORDS, StepComparison, StepOptions
 
 LENGTHS = ("uniform", "lognormal", "one-long", "trace")
-PHASES = ("prefill", "decode", "train")
-BLOCK_SIZE = 16
+PHASES = ("prefill", "decode", "train-forward", "train-step")
 SHORT = 16  # of "one-long": all but one
 CHECKED_ROWS = 512  # logits held at once in the check
-Compile = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
+TOO_LARGE = "flat, which the others are compared with, does not fit into memory: ask for less"
 
 
 # --- lengths -------------------------------------------------------------------------------------
@@ -74,308 +75,28 @@ def lengths_of(
     return [min(length, max_len) for length in trace[:num_seqs]]
 
 
-def groups_of(lengths: Sequence[int]) -> list[list[int]]:
-    """Indices by length, those between two powers of two together, shortest first."""
-    groups: dict[int, list[int]] = {}
-    for i, length in enumerate(lengths):
-        groups.setdefault((length - 1).bit_length(), []).append(i)
-    return [groups[key] for key in sorted(groups)]
+def step_lengths(
+    kind: str, tokens: int, num_seqs: int, max_len: int, seed: int, trace: Sequence[int] = ()
+) -> list[int]:
+    """Lengths of `tokens` tokens in all: one draw of `num_seqs` after the other, the last one cut.
 
-
-def padding_share(lengths: Sequence[int], groups: Sequence[Sequence[int]]) -> float:
-    """Share of the rows that are padding where each group is as long as its longest."""
-    rows = sum(len(group) * max(lengths[i] for i in group) for group in groups)
-    return 1 - sum(lengths) / rows
-
-
-# --- the ways ------------------------------------------------------------------------------------
-
-
-class Way(ABC):
-    """Requests laid out in one way. Logits and hidden states come in the requests' order.
-
-    Args:
-        prompts: at least two, of token ids.
-        num_steps: decode steps that the cache has room for.
-        wrap: what compiles a function; the training step is wrapped only by `wrap_train`.
+    Raises ValueError where a trace ends before.
     """
-
-    name: str
-
-    def __init__(
-        self,
-        decoder: Decoder,
-        prompts: Sequence[list[int]],
-        num_steps: int,
-        wrap: Compile,
-        wrap_train: Compile,
-    ) -> None:
-        self.decoder, self.prompts, self.num_steps = decoder, prompts, num_steps
-        self.device = decoder.embed.weight.device
-        self.lengths = [len(prompt) for prompt in prompts]
-        self._lay_out(wrap, wrap_train)
-
-    @abstractmethod
-    def _lay_out(self, wrap: Compile, wrap_train: Compile) -> None:
-        """Puts the prompts on the device."""
-
-    @abstractmethod
-    def make_cache(self) -> None:
-        """Memory for prompts and `num_steps` tokens."""
-
-    @abstractmethod
-    def drop_cache(self) -> None:
-        """Gives that memory back."""
-
-    @abstractmethod
-    def cache_bytes(self) -> int: ...
-
-    @abstractmethod
-    def prefill(self) -> Tensor:
-        """fp32 logits [S, V] after the prompts, whose keys are then in the cache."""
-
-    @abstractmethod
-    def decode(self, tokens_S: Tensor, step: int) -> Tensor:
-        """fp32 logits [S, V] after one token more; `step` counts from 0."""
-
-    @abstractmethod
-    def hidden_of_real(self) -> Tensor:
-        """Hidden states [T, E] of all real tokens, prompt by prompt, without a cache."""
-
-    @abstractmethod
-    def loss(self) -> Tensor:
-        """Mean cross-entropy of every token that has one before it."""
-
-    @abstractmethod
-    def padding(self, phase: str) -> float:
-        """Share of rows that are padding (decode: of the cache, at its end)."""
+    lengths: list[int] = []
+    missing, draw = tokens, 0
+    while missing:
+        rest = trace[draw * num_seqs :]
+        if kind == "trace" and not rest:
+            raise ValueError(f"the trace has {tokens - missing:,} tokens, --tokens is {tokens:,}")
+        for length in lengths_of(kind, num_seqs, max_len, seed + draw, rest):
+            if missing:
+                lengths.append(min(length, missing))
+                missing -= lengths[-1]
+        draw += 1
+    return lengths
 
 
-def _summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="sum")
-
-
-class Padded(Way):
-    """One rectangle, or one a group."""
-
-    name = "padded"
-
-    def groups(self) -> list[list[int]]:
-        return [list(range(len(self.prompts)))]
-
-    def _lay_out(self, wrap: Compile, wrap_train: Compile) -> None:
-        self._groups = self.groups()
-        self._order = torch.tensor(
-            [i for group in self._groups for i in group], device=self.device
-        ).argsort()
-        self._batches = [
-            PaddedBatch.of([self.prompts[i] for i in group], self.device) for group in self._groups
-        ]
-        self._targets = []
-        for batch in self._batches:
-            # What follows each token; the last one's and padding's are ignored.
-            after_BL = batch.tokens_BL.roll(-1, 1)
-            real_BL = batch.positions_BL < batch.lengths_B[:, None] - 1
-            self._targets.append(after_BL.masked_fill(~real_BL, -100))
-        self._caches: list[Cache] = []
-        self._prefill, self._decode = wrap(self._prefill_rows), wrap(self._decode_rows)
-        self._loss = wrap_train(self._loss_sum)
-
-    def make_cache(self) -> None:
-        self._caches = [
-            padded.new_cache(self.decoder, len(group), batch.tokens_BL.shape[1] + self.num_steps)
-            for group, batch in zip(self._groups, self._batches, strict=True)
-        ]
-
-    def drop_cache(self) -> None:
-        self._caches = []
-
-    def cache_bytes(self) -> int:
-        return sum(t.nbytes for cache in self._caches for pair in cache for t in pair)
-
-    def hidden(self, batch: PaddedBatch, cache: Cache | None) -> Tensor:
-        return padded.sdpa_prefill(self.decoder, batch, cache)
-
-    def _prefill_rows(self, batch: PaddedBatch, cache: Cache) -> Tensor:
-        hidden_BLE = self.hidden(batch, cache)
-        row_B = torch.arange(len(batch.lengths_B), device=self.device)
-        return self.decoder.logits(hidden_BLE[row_B, batch.lengths_B - 1])
-
-    def _decode_rows(self, tokens_B: Tensor, kv_lens_B: Tensor, cache: Cache) -> Tensor:
-        return self.decoder.logits(padded.sdpa_decode(self.decoder, tokens_B, kv_lens_B, cache))
-
-    def _loss_sum(self, batch: PaddedBatch, targets_BL: Tensor) -> Tensor:
-        return _summed_loss(self.decoder.logits(self.hidden(batch, None)), targets_BL)
-
-    def prefill(self) -> Tensor:
-        parts = zip(self._batches, self._caches, strict=True)
-        return torch.cat([self._prefill(*part) for part in parts])[self._order]
-
-    def decode(self, tokens_S: Tensor, step: int) -> Tensor:
-        logits = []
-        for group, batch, cache in zip(self._groups, self._batches, self._caches, strict=True):
-            tokens_B = tokens_S if len(self._groups) == 1 else tokens_S[group]
-            logits.append(self._decode(tokens_B, batch.lengths_B + step, cache))
-        return logits[0] if len(logits) == 1 else torch.cat(logits)[self._order]
-
-    def hidden_of_real(self) -> Tensor:
-        rows: dict[int, Tensor] = {}
-        for group, batch in zip(self._groups, self._batches, strict=True):
-            hidden_BLE = self.hidden(batch, None)
-            rows |= {i: hidden_BLE[b, : self.lengths[i]] for b, i in enumerate(group)}
-        return torch.cat([rows[i] for i in range(len(self.prompts))])
-
-    def loss(self) -> Tensor:
-        parts = zip(self._batches, self._targets, strict=True)
-        total = sum(self._loss(*part) for part in parts)
-        return torch.as_tensor(total) / sum(length - 1 for length in self.lengths)
-
-    def padding(self, phase: str) -> float:
-        extra = self.num_steps if phase == "decode" else 0
-        return padding_share([length + extra for length in self.lengths], self._groups)
-
-
-class Grouped(Padded):
-    name = "grouped"
-
-    def groups(self) -> list[list[int]]:
-        return groups_of(self.lengths)
-
-
-class Unpadded(Padded):
-    """Padded activations and cache, attention over real rows only."""
-
-    name = "unpadded"
-
-    def hidden(self, batch: PaddedBatch, cache: Cache | None) -> Tensor:
-        return padded.unpadded_prefill(self.decoder, batch, cache)
-
-    def make_cache(self) -> None:
-        super().make_cache()
-        # Where the real keys of each step lie: known from the lengths, once for all layers.
-        self._real_keys = []
-        for step in range(self.num_steps):
-            kv_lens = torch.tensor([length + step + 1 for length in self.lengths])
-            row_T = torch.arange(len(kv_lens)).repeat_interleave(kv_lens)
-            ends = torch.cat((torch.zeros(1, dtype=torch.int64), kv_lens.cumsum(0)))
-            at_T = torch.arange(len(row_T)) - ends[row_T]
-            keys = (row_T, at_T, ends.int())
-            self._real_keys.append(tuple(tensor.to(self.device) for tensor in keys))
-
-    def _decode_rows(
-        self, tokens_B: Tensor, kv_lens_B: Tensor, cache: Cache, *keys: Tensor
-    ) -> Tensor:
-        hidden = padded.unpadded_decode(self.decoder, tokens_B, kv_lens_B, cache, *keys)
-        return self.decoder.logits(hidden)
-
-    def decode(self, tokens_S: Tensor, step: int) -> Tensor:
-        kv_lens_B = self._batches[0].lengths_B + step
-        return self._decode(tokens_S, kv_lens_B, self._caches[0], *self._real_keys[step])
-
-
-class Flat(Way):
-    """minigen's: packed tokens, the paged cache."""
-
-    name = "flat"
-
-    def _lay_out(self, wrap: Compile, wrap_train: Compile) -> None:
-        flat = [token for prompt in self.prompts for token in prompt]
-        at = [i for prompt in self.prompts for i in range(len(prompt))]
-        ends = torch.tensor([0, *self.lengths]).cumsum(0)
-        self._tokens_T = torch.tensor(flat).to(self.device)
-        self._positions_T = torch.tensor(at).to(self.device)
-        self._cu_seqlens_S1 = ends.int().to(self.device)
-        self._last_S = (ends[1:] - 1).to(self.device)
-        self._lengths_S = torch.tensor(self.lengths).to(self.device)
-        targets_T = self._tokens_T.roll(-1)
-        targets_T[self._last_S] = -100
-        self._targets_T = targets_T
-        self._cu_decode_S1 = torch.arange(len(self.prompts) + 1, device=self.device).int()
-        self._prefill, self._decode = wrap(self._paged_rows), wrap(self._decode_rows)
-        self._loss = wrap_train(self._loss_sum)
-
-    def make_cache(self) -> None:
-        config, weight = self.decoder.config, self.decoder.embed.weight
-        counts = [-(-(length + self.num_steps) // BLOCK_SIZE) for length in self.lengths]
-        table = torch.zeros(len(counts), max(counts), dtype=torch.int32)
-        begin = 0
-        for row, count in zip(table, counts, strict=True):
-            row[:count] = torch.arange(begin, begin + count)
-            begin += count
-        self._num_blocks = begin
-        shape = (begin, BLOCK_SIZE, config.num_kv_heads, config.head_dim)
-
-        def zeros() -> Tensor:
-            return torch.empty(shape, dtype=weight.dtype, device=self.device).fill_(0)
-
-        self._caches = [(zeros(), zeros()) for _ in range(config.num_layers)]
-        self._table_SW = table.to(self.device)
-        row_T = torch.arange(len(counts)).repeat_interleave(torch.tensor(self.lengths))
-        at_T = self._positions_T.cpu()
-        slots_T = table[row_T, at_T // BLOCK_SIZE].long() * BLOCK_SIZE + at_T % BLOCK_SIZE
-        self._slots_T = slots_T.to(self.device)
-
-    def drop_cache(self) -> None:
-        self._caches = []
-
-    def cache_bytes(self) -> int:
-        return sum(t.nbytes for pair in self._caches for t in pair)
-
-    def _paged_rows(
-        self,
-        tokens_T: Tensor,
-        positions_T: Tensor,
-        slots_T: Tensor,
-        cu_seqlens_S1: Tensor,
-        kv_lens_S: Tensor,
-        table_SW: Tensor,
-        last_S: Tensor,
-    ) -> Tensor:
-        kv = PagedKV(self._caches, slots_T, kv_lens_S, table_SW)
-        hidden_TE = self.decoder.hidden_states(tokens_T, positions_T, cu_seqlens_S1, kv)
-        return self.decoder.logits(hidden_TE[last_S])
-
-    def _decode_rows(
-        self, tokens_S: Tensor, kv_lens_S: Tensor, table_SW: Tensor, cu_seqlens_S1: Tensor
-    ) -> Tensor:
-        block_S1 = (kv_lens_S // BLOCK_SIZE)[:, None]
-        block_S = table_SW.gather(1, block_S1)[:, 0].long()
-        slots_S = block_S * BLOCK_SIZE + kv_lens_S % BLOCK_SIZE
-        kv = PagedKV(self._caches, slots_S, (kv_lens_S + 1).int(), table_SW)
-        return self.decoder.logits(
-            self.decoder.hidden_states(tokens_S, kv_lens_S, cu_seqlens_S1, kv)
-        )
-
-    def _loss_sum(
-        self, tokens_T: Tensor, positions_T: Tensor, cu_seqlens_S1: Tensor, targets_T: Tensor
-    ) -> Tensor:
-        hidden_TE = self.decoder.hidden_states(tokens_T, positions_T, cu_seqlens_S1)
-        return _summed_loss(self.decoder.logits(hidden_TE), targets_T)
-
-    def prefill(self) -> Tensor:
-        return self._prefill(
-            self._tokens_T, self._positions_T, self._slots_T, self._cu_seqlens_S1,
-            self._lengths_S.int(), self._table_SW, self._last_S,
-        )  # fmt: skip
-
-    def decode(self, tokens_S: Tensor, step: int) -> Tensor:
-        return self._decode(tokens_S, self._lengths_S + step, self._table_SW, self._cu_decode_S1)
-
-    def hidden_of_real(self) -> Tensor:
-        return self.decoder.hidden_states(self._tokens_T, self._positions_T, self._cu_seqlens_S1)
-
-    def loss(self) -> Tensor:
-        total = self._loss(self._tokens_T, self._positions_T, self._cu_seqlens_S1, self._targets_T)
-        return total / sum(length - 1 for length in self.lengths)
-
-    def padding(self, phase: str) -> float:
-        if phase != "decode":
-            return 0.0
-        held = sum(length + self.num_steps for length in self.lengths)
-        return 1 - held / (self._num_blocks * BLOCK_SIZE)
-
-
-WAYS: tuple[type[Way], ...] = (Padded, Grouped, Unpadded, Flat)
+# --- compilation ---------------------------------------------------------------------------------
 
 
 def as_it_is(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -406,45 +127,54 @@ def has_backward(device: torch.device) -> bool:
 @torch.no_grad()
 def check_agreement(
     decoder: Decoder, prompts: Sequence[list[int]], steps_NS: Tensor
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """{way: largest difference of its logits from flat's, over the largest logit}.
 
     Compared are all real tokens' logits, those after the prefill and those of each decode step.
+    None stands for a way that runs out of memory.
 
-    Raises ValueError where a way differs by more than 1,000 roundings of the decoder's dtype.
+    Raises ValueError where a way differs by more than 1,000 roundings of the decoder's dtype, or
+    where flat does not fit.
     """
-    found: dict[str, float] = {}
+    found: dict[str, float | None] = {}
     reference: list[Tensor] = []
     for kind in reversed(WAYS):
-        way = kind(decoder, prompts, len(steps_NS), as_it_is, as_it_is)
-        way.make_cache()
-        hidden_TE, logits = way.hidden_of_real(), [way.prefill()]
-        logits += [way.decode(tokens_S, step) for step, tokens_S in enumerate(steps_NS)]
-        if not reference:
-            reference = [hidden_TE, *logits]
+        try:
+            results = _logits_of(kind, decoder, prompts, steps_NS)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if kind is Flat:
+                raise ValueError(TOO_LARGE) from None
+            found[kind.name] = None
             continue
-        pairs = list(zip(logits, reference[1:], strict=True))
-        for at in range(0, len(hidden_TE), CHECKED_ROWS):
+        if kind is Flat:
+            reference = results
+            continue
+        pairs = list(zip(results[1:], reference[1:], strict=True))
+        for at in range(0, len(results[0]), CHECKED_ROWS):
             rows = slice(at, at + CHECKED_ROWS)
-            pairs.append((decoder.logits(hidden_TE[rows]), decoder.logits(reference[0][rows])))
-        found[way.name] = max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
+            pairs.append((decoder.logits(results[0][rows]), decoder.logits(reference[0][rows])))
+        difference = max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
         bound = 1000 * torch.finfo(decoder.embed.weight.dtype).eps
-        if not found[way.name] <= bound:
+        if not difference <= bound:
             raise ValueError(
-                f"{way.name} and flat disagree: logits differ by {found[way.name]:.2g} of the "
+                f"{kind.name} and flat disagree: logits differ by {difference:.2g} of the "
                 f"largest, more than {bound:.2g}"
             )
+        found[kind.name] = difference
     return found
 
 
-def _extra_memory(function: Callable[[], Any], device: torch.device) -> int:
-    """The most that a call takes beyond what is there before it."""
-    reset_peak_memory(device)
-    before = current_memory(device)
-    kept = function()
-    synchronize(device)
-    del kept
-    return max(0, peak_memory(device) - before)
+def _logits_of(
+    kind: type[Way], decoder: Decoder, prompts: Sequence[list[int]], steps_NS: Tensor
+) -> list[Tensor]:
+    """Hidden states of all real tokens, logits after the prefill and after each decode step."""
+    release(decoder.embed.weight.device)
+    way = kind(decoder, prompts, len(steps_NS), as_it_is, as_it_is)
+    way.make_cache()
+    results = [way.hidden_of_real(), way.prefill()]
+    return results + [way.decode(tokens_S, step) for step, tokens_S in enumerate(steps_NS)]
 
 
 def measure(
@@ -455,6 +185,7 @@ def measure(
     repeats: int,
     wrap: Compile,
     wrap_train: Compile,
+    phases: Sequence[str] = PHASES[:3],
 ) -> list[dict[str, Any]]:
     """One row a phase: milliseconds, tokens/s, padding, and the memory of cache and activations."""
     device = decoder.embed.weight.device
@@ -464,10 +195,12 @@ def measure(
     def prefill() -> dict[str, Any]:
         way.make_cache()
         seconds = seconds_of(way.prefill, device, repeats)
-        peak = way.cache_bytes() + _extra_memory(way.prefill, device)
+        peak = way.cache_bytes() + extra_memory(way.prefill, device)
         return {"ms": seconds * 1e3, "tokens_s": real / seconds, "peak_bytes": peak}
 
     def decode() -> dict[str, Any]:
+        way.drop_cache()
+        way.make_cache()
         spans: list[float] = []
         for _ in range(repeats + 1):
             way.prefill()
@@ -479,7 +212,7 @@ def measure(
                 synchronize(device)
                 spans.append(time.perf_counter() - start)
         last = len(steps_NS) - 1
-        peak = way.cache_bytes() + _extra_memory(lambda: way.decode(steps_NS[last], last), device)
+        peak = way.cache_bytes() + extra_memory(lambda: way.decode(steps_NS[last], last), device)
         seconds = percentile(spans, 50)
         return {
             "ms": seconds * 1e3,
@@ -488,38 +221,54 @@ def measure(
             "peak_bytes": peak,
         }
 
-    def train() -> dict[str, Any]:
+    def train_forward() -> dict[str, Any]:
         way.drop_cache()
         decoder.requires_grad_(True)
         try:
             seconds = seconds_of(way.loss, device, repeats)
-            peak = _extra_memory(way.loss, device)
+            peak = extra_memory(way.loss, device)
         finally:
             decoder.requires_grad_(False)
         return {"ms": seconds * 1e3, "tokens_s": real / seconds, "peak_bytes": peak}
 
     rows = []
-    for phase, function in zip(PHASES, (prefill, decode, train), strict=True):
-        if phase == "train" and max(way.lengths) == 1:
+    functions = {"prefill": prefill, "decode": decode, "train-forward": train_forward}
+    for phase in phases:
+        if phase == "train-forward" and max(way.lengths) == 1:
             continue  # single tokens predict nothing
+        release(device)
         try:
-            with torch.set_grad_enabled(phase == "train"):
-                found = function()
-        except torch.OutOfMemoryError:
+            with torch.set_grad_enabled(phase == "train-forward"):
+                found = functions[phase]()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             # Where padding does not fit, that is the result.
-            found = {"ms": None, "tokens_s": None, "peak_bytes": None, "error": "out of memory"}
+            found = {"ms": None, "tokens_s": None, "peak_bytes": None, "error": OUT_OF_MEMORY}
         rows.append({"way": way.name, "phase": phase, "padding": way.padding(phase), **found})
     return rows
+
+
+# --- the runs ------------------------------------------------------------------------------------
 
 
 def main(args: argparse.Namespace) -> None:
     config = model_config(args, "tiny")
     device = device_of(args.device)
     cuda = device.type == "cuda"
+    phases = [phase for phase in PHASES if phase in (args.phases or PHASES)]
     max_len = args.max_len or (4096 if cuda else 512)
     num_seqs = args.num_seqs or (64 if cuda else 16)
     if num_seqs < 2:
         raise ValueError("--num-seqs is 1: a batch to compare has at least 2")
+    for option in ("tokens", "max_rows", "recompute", "peak_flops"):
+        if getattr(args, option) and "train-step" not in phases:
+            name = option.replace("_", "-")
+            raise ValueError(f"--{name} is for the phase train-step, which --phases leaves out")
+    if args.max_rows is not None and args.max_rows < max_len:
+        raise ValueError(
+            f"--max-rows is {args.max_rows}, but must hold a sequence of --max-len {max_len}"
+        )
     trace: list[int] = []
     kinds = args.lengths or LENGTHS[: 4 if args.trace else 3]
     if "trace" in kinds:
@@ -528,37 +277,39 @@ def main(args: argparse.Namespace) -> None:
         trace = [row.prompt_tokens for row in read_trace(args.trace)]
         if len(trace) < num_seqs:
             raise ValueError(f"{args.trace} has {len(trace)} requests, --num-seqs is {num_seqs}")
-    plot = Plot(args, len(PHASES))
-    decoder = _decoder(args, config, device, max_len + args.decode_steps)
-    padded.check_supported(decoder)
-    vocab_size = decoder.config.vocab_size
-    rng = random.Random(args.seed)
-    steps = [[rng.randrange(vocab_size) for _ in range(num_seqs)] for _ in range(args.decode_steps)]
-    steps_NS = torch.tensor(steps, device=device)
     lengths = {kind: lengths_of(kind, num_seqs, max_len, args.seed, trace) for kind in kinds}
+    trained = lengths
+    if args.tokens:
+        drawn = (num_seqs, max_len, args.seed, trace)
+        trained = {kind: step_lengths(kind, args.tokens, *drawn) for kind in kinds}
+    plot = Plot(args, len(phases))
+    serving = [phase for phase in phases if phase != "train-step"]
+    # The check decodes whichever of the serving phases is timed.
+    longest = max_len + args.decode_steps if serving else max_len
+    decoder = _decoder(args, config, device, longest)
+    padded.check_supported(decoder)
+    dtype = decoder.embed.weight.dtype
     wrap = compiler(args.compile)
     wrap_train = wrap if has_backward(device) else as_it_is
 
-    dtype = decoder.embed.weight.dtype
-    agreement: dict[str, dict[str, float]] = {}
+    agreement: dict[str, Any] = {}
+    step_agreement: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
-    with bar(len(kinds) * (1 + len(WAYS)), "Ways", "run") as shown:
-        decoder.float()
-        for kind in kinds:
-            prompts = tokens_of(lengths[kind], vocab_size, args.seed)
-            agreement[kind] = check_agreement(decoder, prompts, steps_NS)
-            shown.update()
-        decoder.to(dtype)
-        for kind in kinds:
-            prompts = tokens_of(lengths[kind], vocab_size, args.seed)
-            for way in WAYS:
-                # What one run has compiled for its sizes must not burden the next.
-                torch.compiler.reset()
-                found = measure(way, decoder, prompts, steps_NS, args.repeats, wrap, wrap_train)
-                rows += [{"lengths": kind, **row} for row in found]
-                shown.update()
-    _print(rows, lengths, agreement)
-    _draw(plot, rows, list(kinds), f"{_model_name(args)}, {_name(dtype)}, {device}")
+    runs = len(kinds) * (1 + len(WAYS)) * (bool(serving) + ("train-step" in phases))
+    with bar(runs, "Ways", "run") as shown:
+        if serving:
+            agreement, rows = _serve(args, decoder, lengths, serving, wrap, wrap_train, shown)
+        if "train-step" in phases:
+            peak = args.peak_flops
+            if peak is None and cuda:
+                peak = peak_flops_of(torch.cuda.get_device_name(device))
+            options = StepOptions(
+                dtype, args.compile, args.recompute, args.max_rows, args.repeats, peak
+            )
+            step_agreement, found = _train(args, decoder.float(), trained, options, shown)
+            rows += found
+    _print(rows, lengths, trained, agreement, step_agreement)
+    _draw(plot, phases, rows, list(kinds), f"{_model_name(args)}, {_name(dtype)}, {device}")
     print_document(
         {
             "command": "compare_batching",
@@ -570,10 +321,85 @@ def main(args: argparse.Namespace) -> None:
             "lengths": lengths,
             "decode_steps": args.decode_steps,
             "agreement": agreement,
+            "train_step": {
+                "lengths": trained,
+                "recompute": args.recompute,
+                "max_rows": args.max_rows,
+                "agreement": step_agreement,
+            },
             "plot": plot.path,
             "rows": rows,
         }
     )
+
+
+def _serve(
+    args: argparse.Namespace,
+    decoder: Decoder,
+    lengths: dict[str, list[int]],
+    phases: Sequence[str],
+    wrap: Compile,
+    wrap_train: Compile,
+    shown: tqdm,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(agreement by lengths, rows) of all phases but the training step."""
+    config, device, dtype = decoder.config, decoder.embed.weight.device, decoder.embed.weight.dtype
+    rng = random.Random(args.seed)
+    num_seqs = len(next(iter(lengths.values())))
+    steps = [
+        [rng.randrange(config.vocab_size) for _ in range(num_seqs)]
+        for _ in range(args.decode_steps)
+    ]
+    steps_NS = torch.tensor(steps, device=device)
+    prompts = {kind: tokens_of(lengths[kind], config.vocab_size, args.seed) for kind in lengths}
+    agreement: dict[str, Any] = {}
+    rows: list[dict[str, Any]] = []
+    decoder.float()
+    for kind in lengths:
+        agreement[kind] = check_agreement(decoder, prompts[kind], steps_NS)
+        shown.update()
+    decoder.to(dtype)
+    for kind in lengths:
+        for way in WAYS:
+            if agreement[kind].get(way.name, 0.0) is None:
+                found: list[dict[str, Any]] = [
+                    {"way": way.name, "phase": phase, "padding": None, "ms": None, "tokens_s": None,
+                     "peak_bytes": None, "error": OUT_OF_MEMORY}
+                    for phase in phases
+                ]  # fmt: skip
+            else:
+                # What one run has compiled for its sizes must not burden the next.
+                torch.compiler.reset()
+                found = measure(
+                    way, decoder, prompts[kind], steps_NS, args.repeats, wrap, wrap_train, phases
+                )
+            rows += [{"lengths": kind, **row} for row in found]
+            shown.update()
+    return agreement, rows
+
+
+def _train(
+    args: argparse.Namespace,
+    decoder: Decoder,
+    lengths: dict[str, list[int]],
+    options: StepOptions,
+    shown: tqdm,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(agreement by lengths, rows) of the training step."""
+    agreement: dict[str, Any] = {}
+    rows: list[dict[str, Any]] = []
+    for kind, values in lengths.items():
+        if max(values) == 1:
+            continue  # single tokens predict nothing
+        torch.compiler.reset()
+        samples = tokens_of(values, decoder.config.vocab_size, args.seed)
+        comparison = StepComparison(decoder, samples, options)
+        agreement[kind] = comparison.check()
+        shown.update()
+        for way in TRAINING_WAYS:
+            rows.append({"lengths": kind, **comparison.measure(way)})
+            shown.update()
+    return agreement, rows
 
 
 def _decoder(
@@ -606,37 +432,62 @@ def _name(dtype: torch.dtype) -> str:
 def _print(
     rows: list[dict[str, Any]],
     lengths: dict[str, list[int]],
-    agreement: dict[str, dict[str, float]],
+    trained: dict[str, list[int]],
+    agreement: dict[str, Any],
+    step_agreement: dict[str, Any],
 ) -> None:
-    for kind, values in lengths.items():
-        worst = max(agreement[kind].values())
+    def says(kind: str, values: list[int], how: str) -> None:
         print(
             f"{kind}: {len(values)} sequences, {sum(values):,} tokens, {min(values)} to "
-            f"{max(values)} long; the ways agree within {worst:.1g} of the largest logit"
+            f"{max(values)} long; {how}"
         )
+
+    for kind, found in agreement.items():
+        worst = max((value for value in found.values() if value is not None), default=0.0)
+        says(kind, lengths[kind], f"the ways agree within {worst:.1g} of the largest logit")
+    for kind, found in step_agreement.items():
+        worst = {
+            name: max((value[name] for value in found.values() if value), default=0.0)
+            for name in WORDS
+        }
+        how = ", ".join(f"{WORDS[name]} {value:.1g}" for name, value in worst.items())
+        says(kind, trained[kind], f"training steps agree within ({how}) of the value")
     flat = {(r["lengths"], r["phase"]): r["ms"] for r in rows if r["way"] == Flat.name}
 
     def line(r: dict[str, Any]) -> list[Any]:
         beside = flat[r["lengths"], r["phase"]]
         ratio = r["ms"] / beside if r["ms"] and beside else r.get("error")
         memory = None if r["peak_bytes"] is None else r["peak_bytes"] / 1e6
-        share = f"{r['padding']:.1%}"
+        share = None if r["padding"] is None else f"{r['padding']:.1%}"
         where = f"{r['lengths']}, {r['phase']}"
         return [where, r["way"], r["ms"], ratio, r["tokens_s"], share, memory]
 
-    print()
+    def step_line(r: dict[str, Any]) -> list[Any]:
+        mfu = None if r["mfu"] is None else f"{r['mfu']:.1%}"
+        return [*line(r), r["micro_batches"], r["tflop_s"], mfu]
+
     header = ["lengths, phase", "way", "ms", "× flat", "tokens/s", "padding", "memory MB"]
-    ordered = [r for phase in PHASES for r in rows if r["phase"] == phase]
-    print(table(header, [line(r) for r in ordered]))
+    ordered = [r for phase in PHASES[:3] for r in rows if r["phase"] == phase]
+    steps = [r for r in rows if r["phase"] == "train-step"]
+    if ordered:
+        print()
+        print(table(header, [line(r) for r in ordered]))
+    if steps:
+        print()
+        print(table([*header, "micro-batches", "TFLOP/s", "MFU"], [step_line(r) for r in steps]))
 
 
-def _draw(plot: Plot, rows: list[dict[str, Any]], kinds: list[str], title: str) -> None:
+def _draw(
+    plot: Plot, phases: list[str], rows: list[dict[str, Any]], kinds: list[str], title: str
+) -> None:
     if not plot.axes:
         return
-    for axis, phase in zip(plot.axes, PHASES, strict=True):
-        found = {(r["lengths"], r["way"]): r["ms"] for r in rows if r["phase"] == phase}
+    for axis, phase in zip(plot.axes, phases, strict=True):
+        # Of a whole step what counts is what it gets through.
+        what, label = ("tokens_s", "tokens/s") if phase == "train-step" else ("ms", "ms")
+        found = {(r["lengths"], r["way"]): r[what] for r in rows if r["phase"] == phase}
         series = {way.name: [found.get((k, way.name)) or 0.0 for k in kinds] for way in WAYS}
-        bars(axis, kinds, series, f"{phase}, ms")
+        bars(axis, kinds, series, f"{phase}, {label}")
     plot.save(title)
 
 
@@ -647,6 +498,7 @@ def options() -> argparse.ArgumentParser:
         "--compile", default="default", choices=["eager", "default"],
         help="of all four ways; a training step only where attention has a backward",
     )  # fmt: skip
+    made.add_argument("--phases", nargs="+", choices=PHASES, metavar="PHASE", help="default: all")
     made.add_argument("--lengths", nargs="+", choices=LENGTHS, metavar="KIND", help="default: all")
     made.add_argument("--trace", metavar="FILE", help="CSV as azure_llm_conv, plain or .xz")
     made.add_argument(
@@ -657,6 +509,24 @@ def options() -> argparse.ArgumentParser:
     )
     made.add_argument("--decode-steps", type=positive, default=16, metavar="N")
     made.add_argument("--repeats", type=positive, default=5, metavar="N")
+    step = made.add_argument_group("train-step")
+    step.add_argument(
+        "--tokens", type=positive, metavar="N",
+        help="of the step: as many draws of --num-seqs lengths as make N, the last length cut; "
+        "default: the sequences of the other phases",
+    )  # fmt: skip
+    step.add_argument(
+        "--max-rows", type=positive, metavar="N",
+        help="most rows of a micro-batch, padding included: what is larger is split in the order "
+        "of the samples, and its gradients are accumulated; default: no limit",
+    )  # fmt: skip
+    step.add_argument(
+        "--recompute", action="store_true", help="keep only each layer's input for the backward"
+    )
+    step.add_argument(
+        "--peak-flops", type=number(0, open_low=True), metavar="X",
+        help="of the device, for the MFU; known for common GPUs",
+    )  # fmt: skip
     return made
 
 

@@ -30,34 +30,40 @@ def check_supported(decoder: Decoder) -> None:
         raise ValueError(f"{config.model_type} has {what}: the padded ways cannot run it")
 
 
-def hidden_states(
-    decoder: Decoder, tokens_BL: Tensor, positions_BL: Tensor, attend: Attend
+def block_output(
+    block: Block, x_BLE: Tensor, cos_TR: Tensor, sin_TR: Tensor, attend: Attend
 ) -> Tensor:
-    """Normed hidden states [B, L, E] of a padded batch: `Decoder.hidden_states` with padding."""
-    config = decoder.config
+    """What the layer gives for a padded batch; the rope tables are those of all B * L rows."""
+    attention, config = block.attention, block.attention.config
     H, K, D = config.num_heads, config.num_kv_heads, config.head_dim
-    x_BLE = F.embedding(tokens_BL, decoder.embed.weight)
-    if config.embedding_scale != 1.0:
-        x_BLE = x_BLE * decoder.embedding_scale
-    cos_TR = decoder.cos_PR[positions_BL.flatten()]
-    sin_TR = decoder.sin_PR[positions_BL.flatten()]
 
     def rotated(x_BLXD: Tensor) -> Tensor:
         return apply_rope(x_BLXD.flatten(0, 1), cos_TR, sin_TR).view_as(x_BLXD)
 
+    qkv = attention.qkv_proj(block.input_norm(x_BLE)).unflatten(-1, (H + 2 * K, D))
+    q_BLHD, k_BLKD, v_BLKD = qkv.split((H, K, K), 2)
+    if config.qk_norm:
+        q_BLHD, k_BLKD = attention.q_norm(q_BLHD), attention.k_norm(k_BLKD)
+    if attention.rotates:
+        q_BLHD, k_BLKD = rotated(q_BLHD), rotated(k_BLKD)
+    out = attention.o_proj(attend(attention, q_BLHD, k_BLKD, v_BLKD).flatten(2))
+    x_BLE = x_BLE + (block.post_attention_norm(out) if block.post_attention_norm else out)
+    out = block.mlp(block.mlp_norm(x_BLE))
+    return x_BLE + (block.post_mlp_norm(out) if block.post_mlp_norm else out)
+
+
+def hidden_states(
+    decoder: Decoder, tokens_BL: Tensor, positions_BL: Tensor, attend: Attend
+) -> Tensor:
+    """Normed hidden states [B, L, E] of a padded batch: `Decoder.hidden_states` with padding."""
+    x_BLE = F.embedding(tokens_BL, decoder.embed.weight)
+    if decoder.config.embedding_scale != 1.0:
+        x_BLE = x_BLE * decoder.embedding_scale
+    cos_TR = decoder.cos_PR[positions_BL.flatten()]
+    sin_TR = decoder.sin_PR[positions_BL.flatten()]
     for block in decoder.blocks:
         assert isinstance(block, Block)
-        attention = block.attention
-        qkv = attention.qkv_proj(block.input_norm(x_BLE)).unflatten(-1, (H + 2 * K, D))
-        q_BLHD, k_BLKD, v_BLKD = qkv.split((H, K, K), 2)
-        if config.qk_norm:
-            q_BLHD, k_BLKD = attention.q_norm(q_BLHD), attention.k_norm(k_BLKD)
-        if config.layer_rope[attention.layer]:
-            q_BLHD, k_BLKD = rotated(q_BLHD), rotated(k_BLKD)
-        out = attention.o_proj(attend(attention, q_BLHD, k_BLKD, v_BLKD).flatten(2))
-        x_BLE = x_BLE + (block.post_attention_norm(out) if block.post_attention_norm else out)
-        out = block.mlp(block.mlp_norm(x_BLE))
-        x_BLE = x_BLE + (block.post_mlp_norm(out) if block.post_mlp_norm else out)
+        x_BLE = block_output(block, x_BLE, cos_TR, sin_TR, attend)
     return decoder.norm(x_BLE)
 
 
@@ -114,23 +120,49 @@ def _append(
     return k_BKCD, v_BKCD
 
 
+def sdpa_rectangle(layer: Attention, q_BLHD: Tensor, k_BLKD: Tensor, v_BLKD: Tensor) -> Tensor:
+    """Attention over the whole rectangle, by torch's scaled_dot_product_attention."""
+    left = layer.window_size[0]
+    mask_LL = None
+    if left >= 0:
+        at_L = torch.arange(q_BLHD.shape[1], device=q_BLHD.device)
+        distance_LL = at_L[:, None] - at_L[None, :]
+        mask_LL = (distance_LL >= 0) & (distance_LL <= left)
+    out_BHLD = F.scaled_dot_product_attention(
+        q_BLHD.transpose(1, 2), k_BLKD.transpose(1, 2), v_BLKD.transpose(1, 2),
+        attn_mask=mask_LL, is_causal=mask_LL is None, scale=layer.config.attention_scale,
+        enable_gqa=True,
+    )  # fmt: skip
+    return out_BHLD.transpose(1, 2)
+
+
+def unpadded_rectangle(
+    layer: Attention,
+    q_BLHD: Tensor,
+    k_BLKD: Tensor,
+    v_BLKD: Tensor,
+    real_T: Tensor,
+    cu_seqlens_S1: Tensor,
+) -> Tensor:
+    """Takes the real rows out, attends over them alone, and puts them back among zeros."""
+    # index_select: its gradient is one addition by row, that of brackets sorts the rows first.
+    q_THD, k_TKD, v_TKD = (
+        x.flatten(0, 1).index_select(0, real_T) for x in (q_BLHD, k_BLKD, v_BLKD)
+    )
+    out_THD, _ = varlen_attention(
+        q_THD, k_TKD, v_TKD, cu_seqlens_S1, cu_seqlens_S1,
+        scale=layer.config.attention_scale, window_size=layer.window_size,
+    )  # fmt: skip
+    flat = out_THD.new_zeros(q_BLHD.shape[0] * q_BLHD.shape[1], *out_THD.shape[1:])
+    return flat.index_copy(0, real_T, out_THD).view_as(q_BLHD)
+
+
 def sdpa_prefill(decoder: Decoder, batch: PaddedBatch, cache: Cache | None) -> Tensor:
     """Hidden states [B, L, E], attention over the whole rectangle."""
-    scale = decoder.config.attention_scale
 
     def attend(layer: Attention, q_BLHD: Tensor, k_BLKD: Tensor, v_BLKD: Tensor) -> Tensor:
         _keep(cache, layer.layer, k_BLKD, v_BLKD)
-        left = layer.window_size[0]
-        mask_LL = None
-        if left >= 0:
-            at_L = batch.positions_BL[0]
-            distance_LL = at_L[:, None] - at_L[None, :]
-            mask_LL = (distance_LL >= 0) & (distance_LL <= left)
-        out_BHLD = F.scaled_dot_product_attention(
-            q_BLHD.transpose(1, 2), k_BLKD.transpose(1, 2), v_BLKD.transpose(1, 2),
-            attn_mask=mask_LL, is_causal=mask_LL is None, scale=scale, enable_gqa=True,
-        )  # fmt: skip
-        return out_BHLD.transpose(1, 2)
+        return sdpa_rectangle(layer, q_BLHD, k_BLKD, v_BLKD)
 
     return hidden_states(decoder, batch.tokens_BL, batch.positions_BL, attend)
 
@@ -157,18 +189,11 @@ def sdpa_decode(decoder: Decoder, tokens_B: Tensor, kv_lens_B: Tensor, cache: Ca
 
 def unpadded_prefill(decoder: Decoder, batch: PaddedBatch, cache: Cache | None) -> Tensor:
     """Hidden states [B, L, E]: every layer takes its real rows out and puts them back."""
-    scale = decoder.config.attention_scale
 
     def attend(layer: Attention, q_BLHD: Tensor, k_BLKD: Tensor, v_BLKD: Tensor) -> Tensor:
         _keep(cache, layer.layer, k_BLKD, v_BLKD)
-        real_T = batch.real_T
-        q_THD, k_TKD, v_TKD = (x.flatten(0, 1)[real_T] for x in (q_BLHD, k_BLKD, v_BLKD))
-        out_THD, _ = varlen_attention(
-            q_THD, k_TKD, v_TKD, batch.cu_seqlens_S1, batch.cu_seqlens_S1,
-            scale=scale, window_size=layer.window_size,
-        )  # fmt: skip
-        flat = out_THD.new_zeros(q_BLHD.shape[0] * q_BLHD.shape[1], *out_THD.shape[1:])
-        return flat.index_copy(0, real_T, out_THD).view_as(q_BLHD)
+        real = batch.real_T, batch.cu_seqlens_S1
+        return unpadded_rectangle(layer, q_BLHD, k_BLKD, v_BLKD, *real)
 
     return hidden_states(decoder, batch.tokens_BL, batch.positions_BL, attend)
 
