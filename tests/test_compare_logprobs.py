@@ -89,8 +89,10 @@ def test_served_mixed_and_alone_is_what_the_decoder_says() -> None:
     assert not llm.engine.has_unfinished()
 
 
-def test_alone_goes_on_behind_the_tokens_it_is_held_to() -> None:
+@pytest.mark.parametrize("overlap", [False, True])
+def test_alone_goes_on_behind_the_tokens_it_is_held_to(overlap: bool) -> None:
     llm = small_llm()
+    llm.engine.overlap = overlap  # as on a GPU: a step is in flight when a request is aborted
     job = Job([5, 6, 7], 9, seed=1)
     [[own], _] = serve_mixed(llm.engine, [job])
     # Held to another token in two places, the last one included.

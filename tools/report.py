@@ -50,9 +50,12 @@ def steps(gpu: bool, shape: str, output: Path) -> list[Step]:
             Step("decode", ("tools.bench_decode", *on), 300),
             Step("modes", ("tools.compare_compile_modes", *on, *plot["modes"]), 1200),
             Step("batching", ("tools.compare_batching", *on, *plot["batching"]), 600),
+            Step("logprobs", ("tools.compare_logprobs", "--shape", "tiny"), 300),
             Step("scale", ("tools.scale", *on, *plot["scale"]), 900),
         ]
     attention = ("tools.bench_attention", "--what", "backward-less", "--seconds", "90", "--out")
+    train_step = ("tools.compare_batching", "--shape", "llama-3.2-1b", "--phases", "train-step")
+    train_step += ("--tokens", "32768", "--max-rows", "32768", "--lengths", "lognormal", "one-long")
     return [
         Step("tests", ("pytest", "-m", "gpu", "-q", "-rs", "--durations", "15"), 400),
         Step("attention", (*attention, str(output / "attention.json")), 300),
@@ -60,6 +63,8 @@ def steps(gpu: bool, shape: str, output: Path) -> list[Step]:
         Step("nano", (*bench, "nano", *on), 180),
         Step("start", (*bench, "start", *on), 180),
         Step("batching", ("tools.compare_batching", *on, *plot["batching"]), 300),
+        Step("logprobs", ("tools.compare_logprobs", *on), 180),
+        Step("train-step", (*train_step, "--plot", str(output / "train-step.png")), 300),
         Step("scale", ("tools.scale", *on, *plot["scale"]), 240),
         Step("modes", ("tools.compare_compile_modes", *on, *plot["modes"]), 600),
     ]
