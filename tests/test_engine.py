@@ -197,7 +197,7 @@ def test_a_step_that_cannot_be_captured_is_launched() -> None:
     graphs = made.runner._graphs
     assert graphs is not None
 
-    def buffers(size, mode) -> NoReturn:
+    def buffers(size, head) -> NoReturn:
         raise CaptureError("no memory\nand more about it")
 
     graphs.buffers = buffers
@@ -858,12 +858,15 @@ def test_one_compilation_serves_every_mix_of_lengths(monkeypatch) -> None:
     lengths = [1, 2, 3, 1, 17, 30, 2, 29, 5, 31, 1]
     many = [[rng.randrange(VOCAB) for _ in range(n)] for n in lengths]
     params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    others: list[dict[str, Any]] = [
+        {"top_p": 0.9}, {"top_k": 3}, {"presence_penalty": 1.0}, {"logprobs": 2}
+    ]  # fmt: skip
     for group in (many[:1], many[1:2], many[2:4], many):
         assert run(made, group, [params] * len(group)) == [[greedy(model, p, 6)] for p in group]
         drawn = [SamplingParams(seed=i, max_tokens=6, ignore_eos=True) for i in range(len(group))]
         assert run(made, group, drawn) == run(engine(), group, drawn)
         # Draws that no compiled head makes: they take its logits.
-        for more in ({"top_p": 0.9}, {"top_k": 3}, {"presence_penalty": 1.0}, {"logprobs": 2}):
+        for more in others:
             drawn = [
                 SamplingParams(seed=i, max_tokens=4, ignore_eos=True, **more)
                 for i in range(len(group))
