@@ -180,9 +180,9 @@ def test_steps_of_fixed_sizes_draw_the_same(count: int) -> None:
     assert graphs is not None
     run_graph = graphs.run
 
-    def watched(size, sampling, mode):
+    def watched(size, sampling, head):
         replayed.append(size.num_rows)
-        return run_graph(size, sampling, mode)
+        return run_graph(size, sampling, head)
 
     graphs.run = watched
     found = run(fixed, many, params)
