@@ -601,10 +601,7 @@ class Decoder(nn.Module):
         self.max_length = config.max_position_embeddings if max_length is None else max_length
         if self.max_length < 1:
             raise ValueError(f"max_length is {max_length}, but must be at least 1")
-        # Its own initialisation would import the compiler, which takes 0.4 s, for values that a
-        # checkpoint or a seed replaces.
-        table_VE = torch.empty(config.vocab_size, config.hidden_size)
-        self.embed = nn.Embedding.from_pretrained(table_VE, freeze=False)
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm_offset)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
