@@ -8,6 +8,7 @@ Without a GPU the same buffers are filled and the step is called: tests need non
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,7 +111,7 @@ class DecodeGraphs:
             try:
                 self._graphs[size, mode] = self._capture(size, mode)
             except RuntimeError as error:  # out of memory, or something no graph can hold
-                raise CaptureError(str(error)) from error
+                raise CaptureError(str(error) or type(error).__name__) from error
         return self._buffers[size]
 
     def run(self, size: StepSize, sampling: SamplingTensors, mode: str) -> tuple[Tensor, Tensor]:
@@ -135,8 +136,13 @@ class DecodeGraphs:
         current.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # Of this thread: another one may compile meanwhile.
-        with torch.cuda.graph(
-            graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
-        ):
-            results = self._call(step, sampling, mode)
+        options: dict[str, Any] = {"pool": self._pool, "capture_error_mode": "thread_local"}
+        try:
+            with torch.cuda.graph(graph, stream=stream, **options):
+                results = self._call(step, sampling, mode)
+        except BaseException:
+            torch.cuda.set_stream(
+                current
+            )  # a capture that fails as it ends leaves its own in place
+            raise
         return graph, results

@@ -5,6 +5,7 @@ import functools
 import json
 import random
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -246,63 +247,78 @@ def test_a_captured_step_keeps_its_own_draw(monkeypatch) -> None:
 
 
 class FakeStream:
-    made = 0
-
     def __init__(self, device: object = None) -> None:
-        type(self).made += 1
+        pass
 
     def wait_stream(self, other: object) -> None:
         pass
 
 
+class FakeCuda:
+    """In place of torch's CUDA graphs; `fails` ends a capture as torch ends one that went wrong."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: bool = False) -> None:
+        self.captures: list[tuple[object, object]] = []  # pool and stream of each
+        self.calls: list[bool] = []  # whether a capture was under way
+        self.streams_set: list[object] = []
+        self.capturing, self.fails = False, fails
+        self.main = FakeStream()
+        for name, fake in {
+            "Stream": FakeStream,
+            "CUDAGraph": object,
+            "graph": self.graph,
+            "graph_pool_handle": object,
+            "current_stream": lambda device: self.main,
+            "set_stream": self.streams_set.append,
+            "stream": contextlib.nullcontext,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+        zeros = torch.zeros
+        monkeypatch.setattr(torch, "zeros", lambda n, dtype, **options: zeros(n, dtype=dtype))
+
+    @contextlib.contextmanager
+    def graph(self, graph, pool, stream, capture_error_mode) -> Iterator[None]:
+        self.captures.append((pool, stream))
+        self.capturing = True
+        yield
+        self.capturing = False
+        if self.fails:
+            raise RuntimeError
+
+    def graphs(self) -> DecodeGraphs:
+        def call(step, sampling, mode) -> tuple[torch.Tensor, torch.Tensor]:
+            self.calls.append(self.capturing)
+            return step.rows_R, step.rows_R
+
+        return DecodeGraphs(
+            call,
+            lambda num_rows, mode, into: SamplingTensors.from_rows([], 5, "cpu"),
+            lambda into, size: None,
+            max_num_seqs=9,
+            max_num_blocks=2560,
+            device=torch.device("cuda"),
+        )
+
+
 def test_graphs_are_captured_on_one_stream_after_a_warm_up(monkeypatch) -> None:
     """Else they would not share the memory of their pool."""
-    captures: list[tuple[object, object]] = []
-    calls: list[bool] = []  # whether a capture was under way
-
-    class Capture(contextlib.AbstractContextManager):
-        active = False
-
-        def __init__(self, graph, pool, stream, capture_error_mode) -> None:
-            captures.append((pool, stream))
-
-        def __enter__(self) -> None:
-            Capture.active = True
-
-        def __exit__(self, *exc: object) -> None:
-            Capture.active = False
-
-    zeros = torch.zeros
-    for name, fake in {
-        "Stream": FakeStream,
-        "CUDAGraph": object,
-        "graph": Capture,
-        "graph_pool_handle": object,
-        "current_stream": FakeStream,
-        "stream": contextlib.nullcontext,
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, fake)
-    monkeypatch.setattr(torch, "zeros", lambda n, dtype, **options: zeros(n, dtype=dtype))
-
-    def call(step, sampling, mode) -> tuple[torch.Tensor, torch.Tensor]:
-        calls.append(Capture.active)
-        return step.rows_R, step.rows_R
-
-    graphs = DecodeGraphs(
-        call,
-        lambda num_rows, mode, into: SamplingTensors.from_rows([], 5, "cpu"),
-        lambda into, size: None,
-        max_num_seqs=9,
-        max_num_blocks=2560,
-        device=torch.device("cuda"),
-    )
-    sizes = list(graphs.capture_all(("greedy", "plain")))
+    cuda = FakeCuda(monkeypatch)
+    sizes = list(cuda.graphs().capture_all(("greedy", "plain")))
     assert [(size.num_rows, size.width) for size in sizes[::2]] == [
         (rows, 256) for rows in (9, 8, 4, 2)
     ]
-    assert len(captures) == 8
-    assert len(set(captures)) == 1
-    assert calls == [False, False, True] * 8
+    assert len(cuda.captures) == 8
+    assert len(set(cuda.captures)) == 1
+    assert cuda.calls == [False, False, True] * 8
+    assert not cuda.streams_set
+
+
+def test_a_failed_capture_gives_the_stream_back(monkeypatch) -> None:
+    cuda = FakeCuda(monkeypatch, fails=True)
+    graphs = cuda.graphs()
+    with pytest.raises(CaptureError, match="RuntimeError"):
+        graphs.buffers(graphs.size_for(1, 1), "greedy")
+    assert cuda.streams_set == [cuda.main]
 
 
 @given(st.integers(1, 5000), st.integers(1, 5000), st.data())

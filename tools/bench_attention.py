@@ -382,6 +382,12 @@ def check_candidate(
         check_sequence(out_QHD, q_QHD, k_LKD, v_LKD)
 
 
+def sentence_of(error: Exception) -> str:
+    """The error's kind and its first line; some of Triton's have no text."""
+    lines = str(error).strip().splitlines() or ["no text"]
+    return f"{type(error).__name__}: {lines[0][:200]}"
+
+
 def _check_in_child(jobs: list[tuple[str, Heads, Candidate | None]], connection: Any) -> None:
     """Sends None for each job that passed, else what went wrong."""
     for job in jobs:
@@ -391,7 +397,7 @@ def _check_in_child(jobs: list[tuple[str, Heads, Candidate | None]], connection:
             connection.send(None)
         except Exception as error:
             traceback.print_exc()
-            connection.send(f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
+            connection.send(sentence_of(error))
 
 
 def check_all(
@@ -558,7 +564,7 @@ def time_row(row: Row, candidates: list[Candidate]) -> dict[str, float | str]:
             times[name] = round(timer(), 2)
         except Exception as error:  # a rival that lacks the shape must not end the run
             torch.cuda.synchronize()  # raises where the whole context is lost
-            times[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+            times[name] = sentence_of(error)
     return times
 
 
