@@ -205,7 +205,8 @@ class Runner:
             self._load_native()
         try:
             # The compile cache takes no notice of bounds, and what it kept for others is refused.
-            tag = f"minigen: T <= {self._most_tokens}, S <= {self._most_rows}"
+            bounds = self._most_tokens, self._most_rows, self._most_blocks
+            tag = f"minigen: T, S, W <= {bounds}"
             with (
                 torch.compiler.config.patch(cache_key_tag=tag),  # pyright: ignore[reportAttributeAccessIssue]
                 torch.inference_mode(),
