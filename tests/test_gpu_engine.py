@@ -10,8 +10,10 @@ from minigen import LLM, SamplingParams
 from minigen.model import Decoder
 from tools.bench_decode import SHAPES
 
-# One process for all of them: they share a checkpoint and what torch has compiled.
-pytestmark = [pytest.mark.gpu, pytest.mark.xdist_group("engine")]
+pytestmark = pytest.mark.gpu
+# In one process, because they share what torch has compiled. The others compile for themselves, and
+# run beside these.
+shares_compiled = pytest.mark.xdist_group("engine")
 
 # Every width of the real model; of its 28 layers only so many, because each is compiled anew.
 SHAPE = {**SHAPES["qwen3-0.6b"], "num_hidden_layers": 4}
@@ -34,6 +36,7 @@ def _prompts(lengths: list[int]) -> list[list[int]]:
     return [torch.randint(3, 150000, (n,), generator=generator).tolist() for n in lengths]
 
 
+@shares_compiled
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("compile", ["eager", "default"])
 def test_log_probabilities_agree_with_float64(qwen3: str, dtype: str, compile: str) -> None:
@@ -63,6 +66,7 @@ def test_log_probabilities_agree_with_float64(qwen3: str, dtype: str, compile: s
             assert float(logits[at].max() - logits[at, token]) < 2 * tolerance
 
 
+@shares_compiled
 def test_a_crowd_and_a_cache_too_small(qwen3: str) -> None:
     small = LLM(qwen3, compile="default", num_cache_blocks=96, max_model_len=1024, progress=False)
     roomy = LLM(qwen3, compile="eager", num_cache_blocks=4096, max_model_len=1024, progress=False)
@@ -89,6 +93,7 @@ def replayed_and_launched(qwen3: str) -> tuple[LLM, LLM]:
     return LLM(qwen3, **options), LLM(qwen3, decode_graphs=False, **options)
 
 
+@shares_compiled
 @pytest.mark.parametrize("count", [1, 2, 3, 8, 9, 16, 17])
 def test_replayed_steps_agree_with_launched_ones(
     replayed_and_launched: tuple[LLM, LLM], count: int
@@ -115,6 +120,7 @@ def test_replayed_steps_agree_with_launched_ones(
             assert one == pytest.approx(other, abs=0.25)
 
 
+@shares_compiled
 def test_seeded_draws_do_not_change_with_neighbours(qwen3: str) -> None:
     """Same batch shape, other contents: bitwise the same tokens and log-probabilities."""
     # Without prefixes of the first call, which would leave the second one fewer tokens to compute.

@@ -707,7 +707,8 @@ def main() -> None:
         for heads in heads_of(section):
             for candidate in [None, *CANDIDATES[section](heads)]:
                 jobs.setdefault(name_of(candidate), []).append((section, heads, candidate))
-        failures = check_all(jobs, args.processes, seconds=60)
+        # A process says nothing until it has imported torch beside all the others.
+        failures = check_all(jobs, args.processes, seconds=100)
         for (_, heads, name), trouble in failures.items():
             print(f"{section} {heads} {name}: {trouble}", flush=True)
             document["failures"].append([section, str(heads), name, trouble])

@@ -43,7 +43,8 @@ def steps(gpu: bool, shape: str, output: Path) -> list[Step]:
     """What there is to run, the checks first."""
     bench = ("minigen", "bench")
     on = ("--shape", shape)
-    plot = {n: ("--plot", str(output / f"{n}.png")) for n in ("modes", "batching", "scale")}
+    plots = ("modes", "torchs-graphs", "batching", "scale")
+    plot = {name: ("--plot", str(output / f"{name}.png")) for name in plots}
     if not gpu:
         return [
             Step("fixed", (*bench, "fixed", *on, "--batch-size", "1", "16"), 300),
@@ -55,7 +56,9 @@ def steps(gpu: bool, shape: str, output: Path) -> list[Step]:
         ]
     attention = ("tools.bench_attention", "--what", "backward-less", "--seconds", "60")
     processes = str(max(2, min(14, (os.cpu_count() or 8) - 2)))
-    tests = ("pytest", "-m", "gpu", "-q", "-rs", "--durations", "15", *pytest_plugins())
+    # Every test by its name, as it ends: a run that is cut off says how far it came.
+    tests = ("pytest", "-m", "gpu", "-vv", "-rs", "--durations", "15", *pytest_plugins())
+    modes = ("tools.compare_compile_modes", *on)
     return [
         Step("tests", tests, 420),
         Step(
@@ -68,7 +71,13 @@ def steps(gpu: bool, shape: str, output: Path) -> list[Step]:
         Step("start", (*bench, "start", *on), 300),
         Step("batching", ("tools.compare_batching", *on, *plot["batching"]), 300),
         Step("scale", ("tools.scale", *on, *plot["scale"]), 420),
-        Step("modes", ("tools.compare_compile_modes", *on, *plot["modes"]), 600),
+        # Ten cold and warm starts of every mode together would outlast what a step may take.
+        Step("modes", (*modes, "--modes", "eager", "default", "minigen", *plot["modes"]), 540),
+        Step(
+            "torchs-graphs",
+            (*modes, "--modes", "reduce-overhead", "max-autotune", *plot["torchs-graphs"]),
+            540,
+        ),
     ]
 
 
