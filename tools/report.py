@@ -88,8 +88,8 @@ def pytest_plugins() -> list[str]:
     for the GPU hears no signal, so the process ends, which pytest-xdist replaces.
     """
     options = []
-    if importlib.util.find_spec("xdist"):
-        options += ["-n", "6", "--dist", "loadgroup"]
+    if importlib.util.find_spec("xdist"):  # a file's tests share what torch has compiled
+        options += ["-n", "6", "--dist", "loadfile"]
         if importlib.util.find_spec("pytest_timeout"):
             options += ["--timeout", "240", "--timeout-method", "thread"]
     return options
