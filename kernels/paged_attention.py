@@ -384,7 +384,14 @@ def cache_rows(
 
 
 @triton.jit(
-    do_not_specialize=["num_tokens", "num_seqs", "num_splits", "window_left", "window_right"]
+    do_not_specialize=[
+        "num_tokens",
+        "num_seqs",
+        "num_splits",
+        "table_stride_s",  # the table's width, which grows while requests are served
+        "window_left",
+        "window_right",
+    ]
 )
 def paged_attention_kernel(
     q_ptr,

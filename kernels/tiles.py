@@ -58,15 +58,17 @@ def choose_tile(
     in two dependent loads (table, then cache): Triton's pipeliner then holds (num_stages - 1) // 2
     tiles in flight, seen in TTGIR, where it holds num_stages tiles of keys at known addresses. With
     64 KiB (AMD, whose pipeliner counts otherwise) num_stages stays what surely fits.
+
+    Exact float32 products run on no tensor core and keep their factors in registers: larger tiles
+    than these put 7 to 23 KB a thread on the stack (sm_90, Triton 3.6).
     """
     block_d = max(16, power_of_two(head_dim))
     row_bytes = block_d * itemsize
-    most_rows = 64 if row_bytes > 256 else 128
+    exact = itemsize >= 4
+    most_rows = 32 if exact else 64 if row_bytes > 256 else 128
     block_m = min(max(16, power_of_two(queries * group)), most_rows)
     block_m = max(block_m, power_of_two(group))
-    block_n = 64 if row_bytes <= 256 else 32
-    if row_bytes > 512:
-        block_n = 16
+    block_n = 16 if exact else 64 if row_bytes <= 256 else 32
     # Besides queries and keys: weights on their way to the second product, entries of the table.
     spare_bytes = shared_bytes - block_m * row_bytes - (8 * 1024 if paged else 0)
     # Two tiles in flight let three decode programs of head dim 128 share a multiprocessor.
@@ -74,7 +76,7 @@ def choose_tile(
     buffers = min(max(spare_bytes, 0) // (2 * block_n * row_bytes), most_buffers)
     counts_pairs = paged and shared_bytes > 64 * 1024
     num_stages = 2 * buffers + 1 if counts_pairs else max(buffers, 1)
-    num_warps = 8 if block_m * block_d >= 128 * 128 else 4
+    num_warps = 8 if block_m * block_d >= (32 if exact else 128) * 128 else 4
     return Tile(block_m, block_m // group, block_n, block_d, num_warps, num_stages, block_m <= 32)
 
 

@@ -8,6 +8,7 @@ Without a GPU the same buffers are filled and the step is called: tests need non
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from minigen.step import StepSize, StepTensors
 # (step, sampling, head) -> what the step drew [R], or its logits [R, V]
 DecodeCall = Callable[[StepTensors, SamplingTensors, str], Tensor]
 FIRST_WIDTH = 64  # blocks a sequence: 1,024 tokens in blocks of 16
+WIDTH_STEP = 4  # from one width to the next
+USUAL_WIDTH = 256  # what is captured at once, where the model's context is longer than that
 
 
 class CaptureError(RuntimeError):
@@ -34,12 +37,12 @@ def bucket_sizes(max_num_seqs: int) -> list[int]:
 def width_for(num_blocks: int) -> int:
     """Blocks a sequence that a graph's block table has room for.
 
-    A kernel's grid follows from the width, and programs without keys cost little: steps of 4 keep
-    the graphs few.
+    A kernel's grid follows from the width, and programs without keys cost little: steps of
+    `WIDTH_STEP` keep the graphs few.
     """
     width = FIRST_WIDTH
     while width < num_blocks:
-        width *= 4
+        width *= WIDTH_STEP
     return width
 
 
@@ -58,6 +61,7 @@ class DecodeGraphs:
         sampling_for: (number of rows, head, buffer) -> sampling of so many null rows, in it.
         write_null_step: fills a buffer on the device with a step that has only null rows.
         max_num_seqs: the largest step.
+        max_num_blocks: blocks that a sequence may have.
     """
 
     def __init__(
@@ -66,22 +70,29 @@ class DecodeGraphs:
         sampling_for: Callable[[int, str, Tensor | None], SamplingTensors],
         write_null_step: Callable[[Tensor, StepSize], None],
         max_num_seqs: int,
+        max_num_blocks: int,
         device: torch.device,
     ) -> None:
         self._call, self._sampling_for, self._write_null_step = call, sampling_for, write_null_step
         self._device = device
         self.sizes = bucket_sizes(max_num_seqs)
+        # A capture in the midst of serving stalls every request for about a tenth of a second, and
+        # the longest sequence of a batch decides, so that no narrower graph would serve for long.
+        self._usual_width = min(width_for(max_num_blocks), USUAL_WIDTH)
         self._buffers: dict[StepSize, tuple[Tensor, Tensor]] = {}
         self._graphs: dict[tuple[StepSize, str], Captured] = {}
-        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        # Graphs share the memory of their pool only if all are captured on the same stream.
+        cuda = device.type == "cuda"
+        self._pool = torch.cuda.graph_pool_handle() if cuda else None
+        self._stream = torch.cuda.Stream(device) if cuda else None
 
     def size_for(self, num_seqs: int, num_blocks: int) -> StepSize:
         """The least size that holds so many sequences of so many blocks each."""
         rows = next(size for size in self.sizes if size >= num_seqs)
-        return StepSize(rows, rows, rows, width_for(num_blocks))
+        return StepSize(rows, rows, rows, max(width_for(num_blocks), self._usual_width))
 
     def capture_all(self, heads: Sequence[str]) -> Iterator[StepSize]:
-        """Captures every batch size at the first width, the largest first: they share memory."""
+        """Captures every batch size at the usual width, the largest first: they share memory."""
         for rows in reversed(self.sizes):
             size = self.size_for(rows, 1)
             for head in heads:
@@ -104,7 +115,7 @@ class DecodeGraphs:
             try:
                 self._graphs[size, head] = self._capture(size, head)
             except RuntimeError as error:  # out of memory, or something no graph can hold
-                raise CaptureError(str(error)) from error
+                raise CaptureError(str(error) or type(error).__name__) from error
         return self._buffers[size]
 
     def run(self, size: StepSize, sampling: SamplingTensors, head: str) -> Tensor:
@@ -120,7 +131,8 @@ class DecodeGraphs:
         self._write_null_step(step_bytes, size)
         sampling = self._sampling_for(size.num_rows, head, sampling_bytes)
         step = size.views(step_bytes)
-        current, stream = torch.cuda.current_stream(self._device), torch.cuda.Stream(self._device)
+        current, stream = torch.cuda.current_stream(self._device), self._stream
+        assert stream is not None
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             for _ in range(2):  # kernels are loaded and libraries get their memory, which no
@@ -128,8 +140,11 @@ class DecodeGraphs:
         current.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # Of this thread: another one may compile meanwhile.
-        with torch.cuda.graph(
-            graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
-        ):
-            result = self._call(step, sampling, head)
+        options: dict[str, Any] = {"pool": self._pool, "capture_error_mode": "thread_local"}
+        try:
+            with torch.cuda.graph(graph, stream=stream, **options):
+                result = self._call(step, sampling, head)
+        except BaseException:
+            torch.cuda.set_stream(current)  # a capture that fails as it ends leaves its own set
+            raise
         return graph, result

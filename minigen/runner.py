@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minigen.graphs import CaptureError, DecodeGraphs
+from minigen.graphs import FIRST_WIDTH, USUAL_WIDTH, WIDTH_STEP, CaptureError, DecodeGraphs
 from minigen.kernels import native
 from minigen.model import Decoder, PagedKV
 from minigen.sampling import (
@@ -36,6 +36,7 @@ from minigen.scheduler import Chunk
 from minigen.step import StepSize, StepTensors, write_step
 
 COMPILE_MODES = ("eager", "default", "reduce-overhead", "max-autotune")
+TORCHS_GRAPHS = ("reduce-overhead", "max-autotune")  # modes in which torch captures graphs itself
 COMPILE_THREAD = "minigen-compile"
 COMPILED_DRAWS = ("greedy", "plain")
 # The head that gives logits, for all other draws, edits and log-probabilities.
@@ -150,6 +151,7 @@ class Runner:
                 self._null_sampling,
                 self._write_null_step,
                 max_num_seqs,
+                min(num_blocks, -(-model.max_length // block_size)),
                 self.device,
             )
         self.launch_seconds = 0.0  # spent in the steps' functions and graphs, all calls together
@@ -207,7 +209,8 @@ class Runner:
             self._load_native()
         try:
             # The compile cache takes no notice of bounds, and what it kept for others is refused.
-            tag = f"minigen: T <= {self._most_tokens}, S <= {self._most_rows}"
+            bounds = self._most_tokens, self._most_rows, self._most_blocks
+            tag = f"minigen: T, S, W <= {bounds}"
             with (
                 torch.compiler.config.patch(cache_key_tag=tag),  # pyright: ignore[reportAttributeAccessIssue]
                 torch.inference_mode(),
@@ -229,6 +232,8 @@ class Runner:
                     for tensor in (step.last_R, *sampling.tensors()):
                         torch._dynamo.mark_dynamic(tensor, 0, min=2, max=self._most_rows)
                     head_step(hidden_TE, step.last_R, head, *sampling.tensors())
+                if self.device.type == "cuda" and self.compile not in TORCHS_GRAPHS:
+                    self._load_kernels(hidden)
         # No compiler, no headers, a bug of the compiler: the uncompiled step serves on.
         except Exception as error:
             reason = str(error).strip().splitlines()
@@ -236,6 +241,16 @@ class Runner:
             return
         self._hidden, self._head = hidden, head_step
         self._status = "ready"
+
+    def _load_kernels(self, hidden: Callable[..., Tensor]) -> None:
+        """Runs null steps that lead attention to each of its tiles, keys divided and in one piece.
+
+        Triton compiles a kernel at the first call that wants it, which takes a second or so.
+        """
+        for width in (2, min(USUAL_WIDTH, self._most_blocks)):
+            for queries in (1, 2, 4, 8, 16, 32, 64, 128):
+                size = StepSize(num_tokens=2 * queries, num_seqs=2, num_rows=0, width=width)
+                hidden(*self._hidden_inputs(self._null_step(size)))
 
     @staticmethod
     def _load_native() -> None:
@@ -260,6 +275,11 @@ class Runner:
         """The same for S and R."""
         return max(self.max_num_seqs + 1, MOST_ROWS)
 
+    @property
+    def _most_blocks(self) -> int:
+        """The same for W, which a captured step rounds up most."""
+        return max(FIRST_WIDTH, WIDTH_STEP * self.num_blocks)
+
     def _mark(self, step: StepTensors) -> None:
         most, seqs = self._most_tokens, self._most_rows
         mark = torch._dynamo.mark_dynamic
@@ -268,7 +288,7 @@ class Runner:
         mark(step.cu_seqlens_S1, 0, min=3, max=seqs + 1)
         mark(step.kv_lens_S, 0, min=2, max=seqs)
         mark(step.block_table_SW, 0, min=2, max=seqs)
-        mark(step.block_table_SW, 1, min=2, max=max(64, 2 * self.num_blocks))
+        mark(step.block_table_SW, 1, min=2, max=self._most_blocks)
 
     def _null_step(self, size: StepSize) -> StepTensors:
         """A step that touches no cache block and no row that anybody owns."""
@@ -328,6 +348,9 @@ class Runner:
             size = StepSize.of(chunks)
             step = size.views(self._upload(chunks, size))
             hidden_TE = self._timed(self._hidden, *self._hidden_inputs(step))
+            if self.compile in TORCHS_GRAPHS:
+                # What one graph of torch's returned is gone when the next one, the head's, begins.
+                hidden_TE = hidden_TE.clone()
             for i, top in scored.items():
                 scores.append((chunks[i], self._score(hidden_TE, chunks, i, top)))
             if rows:
@@ -341,7 +364,7 @@ class Runner:
             if head == LOGITS:
                 edited_RV = edit_logits(result, rows) if sampling.needs_edits else result
                 drawn_R = draw(edited_RV, *sampling.tensors(), mode=sampling.mode)
-            if captured is None or head == LOGITS:
+            if captured is None or head == LOGITS:  # a captured draw is kept by the graph
                 self.last_tokens_M[step.rows_R] = drawn_R
             if num_logprobs is not None:
                 logprobs = top_logprobs(result, drawn_R, num_logprobs)

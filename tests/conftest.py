@@ -45,7 +45,8 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     skipped = [
         report
         for report in terminalreporter.stats.get("skipped", [])
-        if "gpu" in report.keywords and "needs a CUDA GPU" in str(report.longrepr)
+        # A whole module that is skipped while it is collected has no keywords.
+        if "gpu" in getattr(report, "keywords", ()) and "needs a CUDA GPU" in str(report.longrepr)
     ]
     if skipped:
         terminalreporter.write_line(

@@ -70,6 +70,22 @@ def test_candidates_differ_and_fit_their_rows(section: str) -> None:
             )
 
 
+def test_an_error_without_a_text_is_reported_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert bench.sentence_of(AssertionError()) == "AssertionError: no text"
+    assert bench.sentence_of(ValueError("wrong\nand more")) == "ValueError: wrong"
+
+    def timers(row: bench.Row, candidates: list[bench.Candidate]) -> bench.Timers:
+        def fails() -> float:
+            raise AssertionError
+
+        return {"a": fails, "b": lambda: 1.0}
+
+    monkeypatch.setattr(bench, "packed_timers", timers)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    times = bench.time_row(row("varlen", [5], 300, "TFLOP/s"), [])
+    assert times == {"a": "AssertionError: no text", "b": 1.0}
+
+
 def answer(jobs: list[Any], connection: Any) -> None:
     """In place of `_check_in_child`: a job says what becomes of its process."""
     import os

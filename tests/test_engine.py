@@ -1,10 +1,13 @@
 """The step loop: whoever shares the batch, a request's output is the one it has alone."""
 
+import contextlib
 import functools
 import json
 import random
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import numpy as np
@@ -21,14 +24,18 @@ from hypothesis.stateful import (
 )
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minigen import LLM, SamplingParams
 from minigen.cache import BlockPool
 from minigen.engine import Engine
-from minigen.graphs import CaptureError, bucket_sizes
+from minigen.graphs import CaptureError, DecodeGraphs, bucket_sizes
 from minigen.kernels import native
+from minigen.kernels.paged_attention import choose_num_splits
+from minigen.kernels.tiles import choose_tile
 from minigen.model import Decoder, DecoderConfig
-from minigen.runner import Runner
+from minigen.runner import COMPILE_MODES, Runner
+from minigen.sampling import SamplingTensors
 from minigen.scheduler import Scheduler
 from minigen.step import StepSize
 from minigen.weights.chat_template import ChatTemplates
@@ -204,6 +211,171 @@ def test_a_step_that_cannot_be_captured_is_launched() -> None:
     with pytest.warns(UserWarning, match="one kernel after the other: no memory$"):
         found = run(made, [[1, 2, 3]], [params])
     assert found == run(engine(), [[1, 2, 3]], [params])
+
+
+def test_a_captured_step_keeps_its_own_draw(monkeypatch) -> None:
+    """The row of the next token is written once, by the step itself or by the draw behind it."""
+    made = engine(decode_graphs=True, overlap=True)
+    call, row_data = made.runner._decode_call, made.runner.last_tokens_M.data_ptr()
+    written: list[object] = []
+
+    class Watched(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.index_put_.default and args[0].data_ptr() == row_data:
+                written.append(func)
+            return func(*args, **(kwargs or {}))
+
+    steps: list[str] = []
+    assert made.runner._graphs is not None
+
+    def counted(step, sampling, head):
+        steps.append(head)
+        return call(step, sampling, head)
+
+    monkeypatch.setattr(made.runner._graphs, "_call", counted)
+    for params in (
+        SamplingParams(temperature=0, max_tokens=6),
+        SamplingParams(seed=1, top_k=3, max_tokens=6),  # drawn uncompiled, behind the graph
+    ):
+        written.clear()
+        steps.clear()
+        with Watched():
+            found = run(made, [[1, 2, 3]], [params])
+        assert found == run(engine(), [[1, 2, 3]], [params])
+        assert steps
+        assert len(written) == 1 + len(steps)  # and the prompt's, which is no decode step
+
+
+class FakeStream:
+    def __init__(self, device: object = None) -> None:
+        pass
+
+    def wait_stream(self, other: object) -> None:
+        pass
+
+
+class FakeCuda:
+    """In place of torch's CUDA graphs; `fails` ends a capture as torch ends one that went wrong."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: bool = False) -> None:
+        self.captures: list[tuple[object, object]] = []  # pool and stream of each
+        self.calls: list[bool] = []  # whether a capture was under way
+        self.streams_set: list[object] = []
+        self.capturing, self.fails = False, fails
+        self.main = FakeStream()
+        for name, fake in {
+            "Stream": FakeStream,
+            "CUDAGraph": object,
+            "graph": self.graph,
+            "graph_pool_handle": object,
+            "current_stream": lambda device: self.main,
+            "set_stream": self.streams_set.append,
+            "stream": contextlib.nullcontext,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+        zeros = torch.zeros
+        monkeypatch.setattr(torch, "zeros", lambda n, dtype, **options: zeros(n, dtype=dtype))
+
+    @contextlib.contextmanager
+    def graph(self, graph, pool, stream, capture_error_mode) -> Iterator[None]:
+        self.captures.append((pool, stream))
+        self.capturing = True
+        yield
+        self.capturing = False
+        if self.fails:
+            raise RuntimeError
+
+    def graphs(self) -> DecodeGraphs:
+        def call(step, sampling, head) -> torch.Tensor:
+            self.calls.append(self.capturing)
+            return step.rows_R
+
+        return DecodeGraphs(
+            call,
+            lambda num_rows, head, into: SamplingTensors.from_rows([], 5, "cpu"),
+            lambda into, size: None,
+            max_num_seqs=9,
+            max_num_blocks=2560,
+            device=torch.device("cuda"),
+        )
+
+
+def test_graphs_are_captured_on_one_stream_after_a_warm_up(monkeypatch) -> None:
+    """Else they would not share the memory of their pool."""
+    cuda = FakeCuda(monkeypatch)
+    sizes = list(cuda.graphs().capture_all(("greedy", "plain")))
+    assert [(size.num_rows, size.width) for size in sizes[::2]] == [
+        (rows, 256) for rows in (9, 8, 4, 2)
+    ]
+    assert len(cuda.captures) == 8
+    assert len(set(cuda.captures)) == 1
+    assert cuda.calls == [False, False, True] * 8
+    assert not cuda.streams_set
+
+
+def test_a_failed_capture_gives_the_stream_back(monkeypatch) -> None:
+    cuda = FakeCuda(monkeypatch, fails=True)
+    graphs = cuda.graphs()
+    with pytest.raises(CaptureError, match="RuntimeError"):
+        graphs.buffers(graphs.size_for(1, 1), "greedy")
+    assert cuda.streams_set == [cuda.main]
+
+
+@given(st.integers(1, 5000), st.integers(1, 5000), st.data())
+def test_no_captured_table_is_wider_than_what_is_compiled(
+    num_blocks: int, max_length: int, data: st.DataObject
+) -> None:
+    model = SimpleNamespace(max_length=max_length)
+    longest = min(num_blocks, -(-max_length // 16))
+    none: Any = None
+    graphs = DecodeGraphs(none, none, none, 8, longest, torch.device("cpu"))
+    has = data.draw(st.integers(1, longest))
+    width = graphs.size_for(1, has).width
+    assert has <= width
+    runner: Any = SimpleNamespace(num_blocks=num_blocks, model=model)
+    assert width <= Runner._most_blocks.fget(runner)  # pyright: ignore[reportOptionalCall]
+
+
+@pytest.mark.parametrize("group", [1, 2, 4, 8])
+def test_every_tile_of_attention_is_loaded_before_requests_come(group: int) -> None:
+    """By the choices of `paged_attention` for 8 key/value heads of 128 on 132 multiprocessors."""
+    runner = engine().runner
+    runner.num_blocks = 4096
+    chosen = set()
+
+    def hidden(tokens_T, rows_T, positions_T, slots_T, cu_seqlens_S1, kv_lens_S, table_SW) -> None:
+        assert not kv_lens_S.any()
+        assert (slots_T == -1).all()
+        tokens, (seqs, width) = len(tokens_T), table_SW.shape
+        tile = choose_tile(-(-tokens // seqs), group, 128, 2, 227 * 1024, paged=True)
+        programs = max(tokens // tile.block_q, seqs) * 8
+        splits = choose_num_splits(programs, -(-width * 16 // tile.block_n), 264)
+        chosen.add((tile.block_m, splits > 1))
+
+    runner._load_kernels(hidden)  # pyright: ignore[reportArgumentType]
+    assert chosen == {(m, split) for m in (16, 32, 64, 128) for split in (False, True)}
+
+
+@pytest.mark.parametrize("mode", COMPILE_MODES)
+def test_the_head_gets_no_memory_of_torchs_graphs(mode: str) -> None:
+    """Where torch captures graphs, one's outputs are gone when the next compiled call begins."""
+    made = engine()
+    made.runner.compile = mode
+    hidden, head, given = made.runner._hidden, made.runner._head, []
+
+    def watched_hidden(*inputs):
+        given.append(hidden(*inputs))
+        return given[-1]
+
+    def watched_head(hidden_TE, *inputs):
+        same = hidden_TE.data_ptr() == given[-1].data_ptr()
+        assert same == (mode not in ("reduce-overhead", "max-autotune"))
+        return head(hidden_TE, *inputs)
+
+    made.runner._hidden, made.runner._head = watched_hidden, watched_head
+    params = SamplingParams(temperature=0, max_tokens=4)
+    assert run(made, [[1, 2, 3]], [params]) == run(engine(), [[1, 2, 3]], [params])
+    assert given
 
 
 @given(st.integers(1, 2100))

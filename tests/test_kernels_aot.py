@@ -154,6 +154,22 @@ def test_no_tile_spills_on_hopper(group: int) -> None:
         assert compiled.shared_bytes >= 2 * 2 * tile.block_n * 128 * 2
 
 
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_exact_products_fit_registers_on_hopper(head_dim: int) -> None:
+    """Not thousands of bytes on the stack, as larger tiles do (a few values are, by Triton 3.7)."""
+    for queries in (1, 1000):
+        shared_bytes = TARGETS["sm_90"][1]
+        tile = choose_tile(queries, 2, head_dim, 4, shared_bytes)
+        constants = varlen_constants(tile, 2, head_dim)
+        compiled = check(varlen_attention_kernel, "sm_90", constants, "fp32", True)
+        assert (compiled.stack_bytes or 0) <= 64
+        tile = choose_tile(queries, 2, head_dim, 4, shared_bytes, paged=True)
+        constants = constants_for(tile, 2, head_dim, Window(None, 0), 0.0)
+        constants |= {"CACHE_BLOCK": 16, "IS_SPLIT": queries == 1, "NUM_KV_HEADS": 8}
+        compiled = check(paged_attention_kernel, "sm_90", constants, "fp32", True)
+        assert (compiled.stack_bytes or 0) <= 64
+
+
 @pytest.mark.parametrize(
     ("target_name", "head_dim", "dtype", "group", "queries"),
     [

@@ -11,10 +11,12 @@ import tomllib
 import zipfile
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from minigen.weights import bundled
+from tests import conftest
 from tests.command_line import ROOT, make_bundled
 
 packaging = pytest.importorskip("packaging.requirements")
@@ -386,3 +388,17 @@ def test_readme_lists_the_supported_families() -> None:
 def code_of(markdown: str) -> list[str]:
     blocks = re.findall(r"^```[^\n]*\n(.*?)^```", markdown, re.MULTILINE | re.DOTALL)
     return [*blocks, *re.findall(r"`([^`\n]+)`", markdown)]
+
+
+def test_a_module_skipped_as_a_whole_does_not_break_the_summary() -> None:
+    """pytest reports one that lacks a package without the keywords that a test has."""
+    lines: list[str] = []
+    of_test = SimpleNamespace(keywords={"gpu": 1}, longrepr="Skipped: needs a CUDA GPU")
+    of_module = SimpleNamespace(longrepr="Skipped: could not import 'pexpect'")
+    reporter = SimpleNamespace(
+        stats={"skipped": [of_module, of_test]},
+        write_line=lambda line, **markup: lines.append(line),
+    )
+    conftest.pytest_terminal_summary(reporter, None)  # pyright: ignore[reportArgumentType]
+    assert len(lines) == 1
+    assert lines[0].startswith("1 GPU tests did not run")

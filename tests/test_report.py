@@ -97,6 +97,21 @@ def test_the_steps_are_commands_with_such_options(tmp_path) -> None:
         assert len(set(names)) == len(names)
 
 
+@pytest.mark.parametrize(
+    ("installed", "options"),
+    [
+        ((), []),
+        (("pytest_timeout",), []),  # alone it would end all tests with the one that hangs
+        (("xdist",), ["-n", "--dist"]),
+        (("xdist", "pytest_timeout"), ["-n", "--dist", "--timeout", "--timeout-method"]),
+    ],
+)
+def test_plugins_are_used_where_they_are(installed, options, monkeypatch) -> None:
+    find = dict.fromkeys(installed, True).get
+    monkeypatch.setattr(report.importlib.util, "find_spec", find)
+    assert [word for word in report.pytest_plugins() if word.startswith("-")] == options
+
+
 def test_unknown_steps_are_refused(tmp_path) -> None:
     said = run_tool("report", "--output", tmp_path / "out", "--only", "speed")
     assert said.returncode == 2

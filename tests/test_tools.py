@@ -26,7 +26,7 @@ from minigen.model import Decoder, DecoderConfig, jagged
 from minigen.report import number, table
 from minigen.shapes import SHAPES
 from tests.command_line import run_minigen, run_tool
-from tools import compare_batching, padded
+from tools import compare_batching, compare_compile_modes, padded
 from tools.batching_ways import WAYS, Padded, groups_of, padding_share
 from tools.common import NO_MATPLOTLIB, Plot, run
 from tools.compare_batching import check_agreement, lengths_of
@@ -519,6 +519,43 @@ def test_compare_compile_modes(tmp_path: Path) -> None:
     assert row["batch"] == 2
     check_steps(row)
     check_plot(document, plot)
+
+
+@pytest.mark.parametrize("kind", [ValueError, RuntimeError])
+def test_a_mode_that_fails_leaves_the_others_their_figures(
+    kind: type[Exception], capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = {
+        "batch": 1, "prefill_tokens_s": 2.0, "decode_tokens_s": 3.0, "gb_s": 4.0,
+        "step_ms": {"p50": 5.0, "p99": 6.0}, "share_of_limit": 0.5,
+    }  # fmt: skip
+    document = {
+        "start_s": 7.0, "start": "warm", "compile_status": "ready", "compiled_graphs": 2,
+        "recompilations": 0, "memory": {"peak_bytes": 1}, "limits": {}, "rows": [row],
+        **dict.fromkeys(compare_compile_modes.SHARED, "x"),
+    }  # fmt: skip
+
+    def process(arguments: list[str], cache: Path) -> dict[str, Any]:
+        if "reduce-overhead" in arguments:
+            raise kind("it broke")
+        return document
+
+    monkeypatch.setattr(compare_compile_modes, "run_process", process)
+    arguments = ["--shape", "tiny", "--plot", "none", "--modes", "eager", "reduce-overhead"]
+    compare_compile_modes.main(
+        compare_compile_modes.options().parse_args([*arguments, "max-autotune"])
+    )
+    printed = capsys.readouterr().out
+    assert "reduce-overhead: it broke\n" in printed
+    assert "max-autotune: warm start 7.0 s, batch 1, 3 tokens/s\n" in printed
+    modes = last_line(printed)["modes"]
+    assert [(m["mode"], m.get("error")) for m in modes] == [
+        ("eager", None), ("reduce-overhead", "it broke"), ("max-autotune", None)
+    ]  # fmt: skip
+    if kind is ValueError:
+        args = compare_compile_modes.options().parse_args([*arguments[:-2], "reduce-overhead"])
+        with pytest.raises(ValueError, match="it broke"):
+            compare_compile_modes.main(args)
 
 
 @pytest.mark.parametrize(

@@ -382,6 +382,12 @@ def check_candidate(
         check_sequence(out_QHD, q_QHD, k_LKD, v_LKD)
 
 
+def sentence_of(error: Exception) -> str:
+    """The error's kind and its first line; some of Triton's have no text."""
+    lines = str(error).strip().splitlines() or ["no text"]
+    return f"{type(error).__name__}: {lines[0][:200]}"
+
+
 def _check_in_child(jobs: list[tuple[str, Heads, Candidate | None]], connection: Any) -> None:
     """Sends None for each job that passed, else what went wrong."""
     for job in jobs:
@@ -391,7 +397,7 @@ def _check_in_child(jobs: list[tuple[str, Heads, Candidate | None]], connection:
             connection.send(None)
         except Exception as error:
             traceback.print_exc()
-            connection.send(f"{type(error).__name__}: {str(error).splitlines()[0][:200]}")
+            connection.send(sentence_of(error))
 
 
 def check_all(
@@ -558,7 +564,7 @@ def time_row(row: Row, candidates: list[Candidate]) -> dict[str, float | str]:
             times[name] = round(timer(), 2)
         except Exception as error:  # a rival that lacks the shape must not end the run
             torch.cuda.synchronize()  # raises where the whole context is lost
-            times[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+            times[name] = sentence_of(error)
     return times
 
 
@@ -669,7 +675,7 @@ def main() -> None:
     parser.add_argument("--what", choices=[*SECTIONS, "backward-less"], default="backward-less")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the JSON document, as it grows")
     parser.add_argument("--list", action="store_true", help="compile ahead, time nothing")
-    parser.add_argument("--seconds", type=float, default=200, help="a section (default 200)")
+    parser.add_argument("--seconds", type=float, default=200, help="of timing a section; 200")
     parser.add_argument("--processes", type=int, default=8, help="checks that run at a time")
     args = parser.parse_args()
     sections: list[str] = list(SECTIONS) if args.what == "backward-less" else [args.what]
@@ -701,12 +707,14 @@ def main() -> None:
         for heads in heads_of(section):
             for candidate in [None, *CANDIDATES[section](heads)]:
                 jobs.setdefault(name_of(candidate), []).append((section, heads, candidate))
-        failures = check_all(jobs, args.processes, seconds=60)
+        # A process says nothing until it has imported torch beside all the others.
+        failures = check_all(jobs, args.processes, seconds=100)
         for (_, heads, name), trouble in failures.items():
             print(f"{section} {heads} {name}: {trouble}", flush=True)
             document["failures"].append([section, str(heads), name, trouble])
         checked = time.monotonic() - start
         print(f"{section}: candidates compiled and checked in {checked:.0f} s", flush=True)
+        start = time.monotonic()  # compiling takes what it takes: rows are timed in any case
         for row in rows_of(section):
             if time.monotonic() - start > args.seconds:
                 document["left_out"].append([section, str(row.heads), row.name])

@@ -31,9 +31,16 @@ def measure(mode: str, arguments: list[str], workload: list[str]) -> dict[str, A
     with tempfile.TemporaryDirectory() as folder:
         try:
             cold = run_process([*SHORTEST, *arguments, *MODES[mode]], Path(folder))
+            print(f"{mode}: cold start {cold['start_s']:.1f} s", flush=True)
             warm = run_process([*workload, *arguments, *MODES[mode]], Path(folder))
         except RuntimeError as error:
             return {"mode": mode, "error": str(error)}
+    for row in warm["rows"]:
+        print(
+            f"{mode}: warm start {warm['start_s']:.1f} s, batch {row['batch']}, "
+            f"{row['decode_tokens_s']:.0f} tokens/s",
+            flush=True,
+        )
     return {
         "mode": mode,
         "compile_status": warm["compile_status"],
@@ -59,7 +66,12 @@ def main(args: argparse.Namespace) -> None:
     found = []
     with bar(len(args.modes), "Modes", "mode") as shown:
         for mode in args.modes:
-            found.append(measure(mode, model_arguments(args), workload))
+            try:
+                found.append(measure(mode, model_arguments(args), workload))
+            except ValueError as error:
+                if not found:  # the first mode would not take the options: nor will the others
+                    raise
+                found.append({"mode": mode, "error": str(error)})
             shown.update()
     good = [one for one in found if "error" not in one]
     if not good:

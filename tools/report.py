@@ -9,6 +9,7 @@ which no time is left: --only runs those later. The last line is one JSON docume
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import signal
@@ -42,7 +43,8 @@ def steps(gpu: bool, shape: str, output: Path) -> list[Step]:
     """What there is to run, the checks first."""
     bench = ("minigen", "bench")
     on = ("--shape", shape)
-    plot = {n: ("--plot", str(output / f"{n}.png")) for n in ("modes", "batching", "scale")}
+    plots = ("modes", "torchs-graphs", "batching", "scale")
+    plot = {name: ("--plot", str(output / f"{name}.png")) for name in plots}
     if not gpu:
         return [
             Step("fixed", (*bench, "fixed", *on, "--batch-size", "1", "16"), 300),
@@ -53,21 +55,49 @@ def steps(gpu: bool, shape: str, output: Path) -> list[Step]:
             Step("logprobs", ("tools.compare_logprobs", "--shape", "tiny"), 300),
             Step("scale", ("tools.scale", *on, *plot["scale"]), 900),
         ]
-    attention = ("tools.bench_attention", "--what", "backward-less", "--seconds", "90", "--out")
+    attention = ("tools.bench_attention", "--what", "backward-less", "--seconds", "60")
     train_step = ("tools.compare_batching", "--shape", "llama-3.2-1b", "--phases", "train-step")
     train_step += ("--tokens", "32768", "--max-rows", "32768", "--lengths", "lognormal", "one-long")
+    processes = str(max(2, min(14, (os.cpu_count() or 8) - 2)))
+    # Every test by its name, as it ends: a run that is cut off says how far it came.
+    tests = ("pytest", "-m", "gpu", "-vv", "-rs", "--durations", "15", *pytest_plugins())
+    modes = ("tools.compare_compile_modes", *on)
     return [
-        Step("tests", ("pytest", "-m", "gpu", "-q", "-rs", "--durations", "15"), 400),
-        Step("attention", (*attention, str(output / "attention.json")), 300),
-        Step("fixed", (*bench, "fixed", *on, "--output-len", "256"), 240),
-        Step("nano", (*bench, "nano", *on), 180),
-        Step("start", (*bench, "start", *on), 180),
+        Step("tests", tests, 420),
+        Step(
+            "attention",
+            (*attention, "--processes", processes, "--out", str(output / "attention.json")),
+            400,
+        ),
+        Step("fixed", (*bench, "fixed", *on, "--output-len", "256"), 300),
+        Step("nano", (*bench, "nano", *on), 240),
+        Step("start", (*bench, "start", *on), 300),
         Step("batching", ("tools.compare_batching", *on, *plot["batching"]), 300),
         Step("logprobs", ("tools.compare_logprobs", *on), 180),
         Step("train-step", (*train_step, "--plot", str(output / "train-step.png")), 300),
-        Step("scale", ("tools.scale", *on, *plot["scale"]), 240),
-        Step("modes", ("tools.compare_compile_modes", *on, *plot["modes"]), 600),
+        Step("scale", ("tools.scale", *on, *plot["scale"]), 420),
+        # Ten cold and warm starts of every mode together would outlast what a step may take.
+        Step("modes", (*modes, "--modes", "eager", "default", "minigen", *plot["modes"]), 540),
+        Step(
+            "torchs-graphs",
+            (*modes, "--modes", "reduce-overhead", "max-autotune", *plot["torchs-graphs"]),
+            540,
+        ),
     ]
+
+
+def pytest_plugins() -> list[str]:
+    """What makes the tests quick, and ends one that hangs, by the plugins that are installed.
+
+    The tests wait for compilers, mostly: several processes share the GPU well. A test that waits
+    for the GPU hears no signal, so the process ends, which pytest-xdist replaces.
+    """
+    options = []
+    if importlib.util.find_spec("xdist"):  # a file's tests share what torch has compiled
+        options += ["-n", "6", "--dist", "loadfile"]
+        if importlib.util.find_spec("pytest_timeout"):
+            options += ["--timeout", "240", "--timeout-method", "thread"]
+    return options
 
 
 def run_step(step: Step, log: Path, limit: float) -> dict[str, Any]:

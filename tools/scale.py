@@ -13,6 +13,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from minigen import LLM
 from minigen.bench import bar, environment, model_dtype
 from minigen.cli import load_llm, positive
@@ -235,7 +237,12 @@ def main(args: argparse.Namespace) -> None:
             prompts = tokens_of([length] * batch, vocab_size, args.seed)
             rows.append(measure(llm, prompts, context, args.num_steps, cost, limits))
             shown.update()
+            print(
+                f"batch {batch}, context {context}: {rows[-1]['us_per_token']:.1f} µs a token",
+                flush=True,
+            )
         del llm
+        _free(device)
         small = _load(args, config, max_num_seqs=RUNNING, num_cache_blocks=256)
         measure_queue(small, 0, 8, args.seed)
         queues = []
@@ -264,6 +271,14 @@ def main(args: argparse.Namespace) -> None:
             "plot": plot.path,
         }
     )
+
+
+def _free(device: torch.device) -> None:
+    """Takes back the memory of an engine that nobody holds any more."""
+    torch.compiler.reset()  # what is compiled holds on to its weights and cache
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _load(args: argparse.Namespace, config: dict[str, Any] | None, **options: Any) -> LLM:
