@@ -32,7 +32,7 @@ NAME_LENGTH = 60  # of a kernel, in the tables that are printed
 
 
 def kernels_of(steps: Callable[[], None], count: int) -> list[dict[str, Any]]:
-    """Device time by kernel, the longest first: {"name", "count", "us"} a step; [] without a GPU."""
+    """Device time a step by kernel, the longest first: {"name", "count", "us"}; no GPU, no rows."""
     if not torch.cuda.is_available():
         steps()
         return []
