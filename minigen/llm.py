@@ -53,7 +53,7 @@ class LLM:
         block_size: tokens of a cache block.
         enable_prefix_caching: keep full blocks for later requests with the same beginning.
         gpu_memory_utilization: share of the GPU's memory that may be used in all.
-        decode_graphs: replay decode steps from CUDA graphs; None: on a GPU with compile "default".
+        decode_graphs: replay steps from CUDA graphs; None: on a GPU with compile "default".
         compile_in_background: serve uncompiled until the compiled step is ready.
         progress: show progress bars.
         seed: for requests without a seed.
@@ -160,7 +160,7 @@ class LLM:
                     stacklevel=2,
                 )
         if not compile_in_background and self._runner.num_captures:
-            captures = self._runner.capture_decode()
+            captures = self._runner.capture_steps()
             total = self._runner.num_captures
             for _ in tqdm(captures, desc="Capturing", total=total, disable=not progress):
                 pass

@@ -479,17 +479,30 @@ class RMSNorm(nn.Module):
 
 
 @dataclass
-class PagedKV:
-    """One step's view of the paged cache: where the step's keys go and where its queries look.
+class LayerKV:
+    """One step's view of a layer's paged cache: where its keys go and where its queries look.
 
-    caches: one (k_NBKD, v_NBKD) a layer; slots_T int64 (block * B + offset, -1 = skip);
-    kv_lens_S and block_table_SW int32.
+    slots_T int64 (block * B + offset, -1 = skip); kv_lens_S and block_table_SW int32.
     """
+
+    k_cache_NBKD: Tensor
+    v_cache_NBKD: Tensor
+    slots_T: Tensor
+    kv_lens_S: Tensor
+    block_table_SW: Tensor
+
+
+@dataclass
+class PagedKV:
+    """The same of all layers: `caches` has one (k_NBKD, v_NBKD) each."""
 
     caches: list[tuple[Tensor, Tensor]]
     slots_T: Tensor
     kv_lens_S: Tensor
     block_table_SW: Tensor
+
+    def layer(self, i: int) -> LayerKV:
+        return LayerKV(*self.caches[i], self.slots_T, self.kv_lens_S, self.block_table_SW)
 
 
 def apply_rope(x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:
@@ -519,7 +532,7 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(D, config.rms_norm_eps, 0.0)
             self.k_norm = RMSNorm(D, config.rms_norm_eps, 0.0)
 
-    def forward(self, x_SjE: Tensor, cos_TR: Tensor, sin_TR: Tensor, kv: PagedKV | None) -> Tensor:
+    def forward(self, x_SjE: Tensor, cos_TR: Tensor, sin_TR: Tensor, kv: LayerKV | None) -> Tensor:
         config = self.config
         H, K, D = config.num_heads, config.num_kv_heads, config.head_dim
         cu_seqlens = offsets_of(x_SjE)
@@ -538,10 +551,10 @@ class Attention(nn.Module):
         if kv is None:
             out_THD, _ = varlen_attention(q_THD, k_TKD, v_TKD, cu_seqlens, cu_seqlens, **options)
         else:
-            k_cache, v_cache = kv.caches[self.layer]
-            kv_cache_write(k_TKD, v_TKD, k_cache, v_cache, kv.slots_T)
+            caches = kv.k_cache_NBKD, kv.v_cache_NBKD
+            kv_cache_write(k_TKD, v_TKD, *caches, kv.slots_T)
             out_THD = paged_attention(
-                q_THD, k_cache, v_cache, cu_seqlens, kv.kv_lens_S, kv.block_table_SW, **options
+                q_THD, *caches, cu_seqlens, kv.kv_lens_S, kv.block_table_SW, **options
             )
         out = jagged(out_THD.flatten(1), cu_seqlens)
         return self.o_proj(out)
@@ -573,7 +586,7 @@ class Block(nn.Module):
         self.post_mlp_norm = norm() if config.post_norms else None
         self.dropout = 0.0  # of what attention and MLP add; only while training
 
-    def forward(self, x_SjE: Tensor, cos_TR: Tensor, sin_TR: Tensor, kv: PagedKV | None) -> Tensor:
+    def forward(self, x_SjE: Tensor, cos_TR: Tensor, sin_TR: Tensor, kv: LayerKV | None) -> Tensor:
         out = self.attention(self.input_norm.jagged(x_SjE), cos_TR, sin_TR, kv)
         out = self.post_attention_norm.jagged(out) if self.post_attention_norm else out
         x_SjE = x_SjE + self._dropped(out)
@@ -763,11 +776,16 @@ class Decoder(nn.Module):
         tokens_T, positions_T int64 (positions are rows of the rope table: long rope's long
         factors start at row `max_length`), cu_seqlens_S1 int32 from 0 to T.
         """
-        x_SjE = self.embedded(jagged(tokens_T, cu_seqlens_S1), self.embed.weight.dtype)
-        cos_TR, sin_TR = self.cos_PR[positions_T], self.sin_PR[positions_T]
-        for block in self.blocks:
-            x_SjE = block(x_SjE, cos_TR, sin_TR, kv)
+        x_TE, cos_TR, sin_TR = self.begin(tokens_T, positions_T)
+        x_SjE = jagged(x_TE, cu_seqlens_S1)
+        for i, block in enumerate(self.blocks):
+            x_SjE = block(x_SjE, cos_TR, sin_TR, None if kv is None else kv.layer(i))
         return self.norm(x_SjE.values())
+
+    def begin(self, tokens_T: Tensor, positions_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the first block takes: embeddings [T, E], the rope table's rows [T, R/2] twice."""
+        x_TE = self.embedded(tokens_T, self.embed.weight.dtype)
+        return x_TE, self.cos_PR[positions_T], self.sin_PR[positions_T]
 
     def logits(self, hidden_RE: Tensor) -> Tensor:
         """fp32 logits [R, V] of the given rows, soft-capped where the family does so."""

@@ -3,8 +3,10 @@
 Shape suffixes as in `model.py`, and R rows to sample, M rows of device state.
 
 Two functions are compiled, each once for every mix of lengths: the decoder up to the hidden states
-of all T tokens, and the head with the draw for the R rows that need a token. Sampled tokens stay on
-the device (`last_tokens_M`), so that the next step can be launched before the host has read them.
+of all T tokens, and the head with the draw for the R rows that need a token. Where graphs replay
+the steps, the decoder is compiled as one layer that is called for each: that takes a tenth of the
+time, and what the calls cost the host is paid at the capture alone. Sampled tokens stay on the
+device (`last_tokens_M`), so that the next step can be launched before the host has read them.
 """
 
 from __future__ import annotations
@@ -14,15 +16,22 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from minigen.graphs import FIRST_WIDTH, USUAL_WIDTH, WIDTH_STEP, CaptureError, DecodeGraphs
+from minigen.graphs import (
+    FIRST_WIDTH,
+    HIDDEN,
+    USUAL_WIDTH,
+    WIDTH_STEP,
+    CaptureError,
+    DecodeGraphs,
+)
 from minigen.kernels import native
-from minigen.model import Decoder, PagedKV
+from minigen.model import Block, Decoder, LayerKV, PagedKV, jagged
 from minigen.sampling import (
     Row,
     SamplingParams,
@@ -87,6 +96,11 @@ class Launched:
         return tokens, logprobs, [(chunk, _lists(parts)) for chunk, parts in self.scores]
 
 
+def _num_blocks(chunks: list[Chunk]) -> int:
+    """Of the sequence that has most."""
+    return max(len(chunk.sequence.blocks) for chunk in chunks)
+
+
 def _lists(parts: list[tuple[Tensor, ...]], num: int | None = None) -> ChosenLogprobs:
     """Tensors on the host, cut off after `num` rows each, as one."""
     found = ChosenLogprobs([], [], [], [])
@@ -106,7 +120,7 @@ class Runner:
         num_blocks, block_size: the cache is a (k, v) pair a layer, [num_blocks, block_size, K, D].
         max_num_seqs: M; max_num_batched_tokens: the most tokens a step has.
         compile: one of `COMPILE_MODES`.
-        decode_graphs: replay decode steps from CUDA graphs (elsewhere: from the same buffers).
+        decode_graphs: replay steps from CUDA graphs (elsewhere: from the same buffers).
             None: on a GPU where `compile` is "default"; two of the other words are torch's graphs.
     """
 
@@ -142,15 +156,19 @@ class Runner:
         self._status = "eager" if compile == "eager" else "compiling"
         self._hidden: Callable[..., Tensor] = self._hidden_step
         self._head: Callable[..., Tensor] = self._head_step
+        self._begin: Callable[..., tuple[Tensor, ...]] = self._begin_step
+        self._layer: Callable[..., Tensor] = self._layer_step
+        self._norm: Callable[[Tensor], Tensor] = self.model.norm
         self._graphs: DecodeGraphs | None = None
         if decode_graphs or (
             decode_graphs is None and self.device.type == "cuda" and compile == "default"
         ):
             self._graphs = DecodeGraphs(
-                self._decode_call,
+                self._captured_call,
                 self._null_sampling,
                 self._write_null_step,
                 max_num_seqs,
+                max_num_batched_tokens,
                 min(num_blocks, -(-model.max_length // block_size)),
                 self.device,
             )
@@ -176,6 +194,46 @@ class Runner:
         tokens_T = torch.where(tokens_T < 0, self.last_tokens_M[token_rows_T], tokens_T)
         kv = PagedKV(self.caches, slots_T, kv_lens_S, block_table_SW)
         return self.model.hidden_states(tokens_T, positions_T, cu_seqlens_S1, kv)
+
+    def _hidden_by_layer(
+        self,
+        tokens_T: Tensor,
+        token_rows_T: Tensor,
+        positions_T: Tensor,
+        slots_T: Tensor,
+        cu_seqlens_S1: Tensor,
+        kv_lens_S: Tensor,
+        block_table_SW: Tensor,
+    ) -> Tensor:
+        """The same as `_hidden_step`, in functions that are compiled one by one."""
+        x_TE, *rope = self._begin(tokens_T, token_rows_T, positions_T)
+        sequences = cu_seqlens_S1, slots_T, kv_lens_S, block_table_SW
+        for block, caches in zip(self.model.blocks, self.caches, strict=True):
+            x_TE = self._layer(block, x_TE, *rope, *caches, *sequences)
+        return self._norm(x_TE)
+
+    def _begin_step(
+        self, tokens_T: Tensor, token_rows_T: Tensor, positions_T: Tensor
+    ) -> tuple[Tensor, ...]:
+        tokens_T = torch.where(tokens_T < 0, self.last_tokens_M[token_rows_T], tokens_T)
+        return self.model.begin(tokens_T, positions_T)
+
+    @staticmethod
+    def _layer_step(
+        block: Block,
+        x_TE: Tensor,
+        cos_TR: Tensor,
+        sin_TR: Tensor,
+        k_cache_NBKD: Tensor,
+        v_cache_NBKD: Tensor,
+        cu_seqlens_S1: Tensor,
+        slots_T: Tensor,
+        kv_lens_S: Tensor,
+        block_table_SW: Tensor,
+    ) -> Tensor:
+        # Dense in, dense out: a jagged input would keep compiled code out of the cache on disk.
+        kv = LayerKV(k_cache_NBKD, v_cache_NBKD, slots_T, kv_lens_S, block_table_SW)
+        return block(jagged(x_TE, cu_seqlens_S1), cos_TR, sin_TR, kv).values()
 
     def _head_step(self, hidden_TE: Tensor, last_R: Tensor, head: Any, *sampling: Tensor) -> Tensor:
         """What one of `COMPILED_DRAWS` draws [R], or the logits [R, V] that `LOGITS` asks for.
@@ -219,12 +277,16 @@ class Runner:
                 warnings.simplefilter("ignore")
                 for tensor in (*(t for pair in self.caches for t in pair), self.last_tokens_M):
                     torch._dynamo.mark_static_address(tensor)
-                hidden = torch.compile(self._hidden_step, fullgraph=True, mode=mode)
                 head_step = torch.compile(self._head_step, fullgraph=True, mode=mode)
                 # Sizes all differ: equal ones would be taken for one and the same.
                 step = self._null_step(StepSize(num_tokens=11, num_seqs=5, num_rows=3, width=7))
                 self._mark(step)
-                hidden_TE = hidden(*self._hidden_inputs(step))
+                if self._by_layer:
+                    hidden_TE = self._compile_layer(step)
+                    hidden: Callable[..., Tensor] = self._hidden_by_layer
+                else:
+                    hidden = torch.compile(self._hidden_step, fullgraph=True, mode=mode)
+                    hidden_TE = hidden(*self._hidden_inputs(step))
                 hidden_TE = hidden_TE.clone()
                 torch._dynamo.mark_dynamic(hidden_TE, 0, min=2, max=self._most_tokens)
                 for head in (*COMPILED_DRAWS, LOGITS):
@@ -241,6 +303,31 @@ class Runner:
             return
         self._hidden, self._head = hidden, head_step
         self._status = "ready"
+
+    @property
+    def _by_layer(self) -> bool:
+        return self._graphs is not None and self.compile not in TORCHS_GRAPHS
+
+    def _compile_layer(self, step: StepTensors) -> Tensor:
+        """Compiles what `_hidden_by_layer` calls, and runs it on a null step."""
+        begin = torch.compile(self._begin_step, fullgraph=True)
+        layer = torch.compile(self._layer_step, fullgraph=True)
+        norm = torch.compile(self.model.norm.forward, fullgraph=True)
+
+        def mark(*tensors: Tensor) -> None:
+            for tensor in tensors:
+                torch._dynamo.mark_dynamic(tensor, 0, min=2, max=self._most_tokens)
+
+        x_TE, *rope = begin(step.tokens_T, step.token_rows_T, step.positions_T)
+        mark(*rope)
+        sequences = step.cu_seqlens_S1, step.slots_T, step.kv_lens_S, step.block_table_SW
+        for block, caches in zip(self.model.blocks, self.caches, strict=True):
+            mark(x_TE)
+            x_TE = layer(block, x_TE, *rope, *caches, *sequences)  # pyright: ignore[reportCallIssue]
+        mark(x_TE)
+        hidden_TE = norm(x_TE)
+        self._begin, self._layer, self._norm = begin, layer, norm
+        return hidden_TE
 
     def _load_kernels(self, hidden: Callable[..., Tensor]) -> None:
         """Runs null steps that lead attention to each of its tiles, keys divided and in one piece.
@@ -340,22 +427,21 @@ class Runner:
             # The draws that filter run uncompiled on the logits.
             head = mode if mode in COMPILED_DRAWS else LOGITS
         scores = []
-        captured = self._replay_size(chunks, scored, head)
+        captured = self._replay_decode(chunks, scored, head)
         if captured is not None:
             rows = self._padded(rows, captured.num_rows)
             step, sampling, result = self._replay(captured, chunks, rows, head)
         else:
-            size = StepSize.of(chunks)
-            step = size.views(self._upload(chunks, size))
-            hidden_TE = self._timed(self._hidden, *self._hidden_inputs(step))
-            if self.compile in TORCHS_GRAPHS:
-                # What one graph of torch's returned is gone when the next one, the head's, begins.
-                hidden_TE = hidden_TE.clone()
+            step, hidden_TE = self._hidden_states(chunks)
             for i, top in scored.items():
                 scores.append((chunks[i], self._score(hidden_TE, chunks, i, top)))
             if rows:
-                rows = self._padded(rows, size.num_rows)
+                rows = self._padded(rows, max(2, len(rows)))
                 sampling = self._sampling(rows)
+                # A captured step has room for more.
+                step = replace(
+                    step, last_R=step.last_R[: len(rows)], rows_R=step.rows_R[: len(rows)]
+                )
                 inputs = (hidden_TE, step.last_R, head, *sampling.tensors())
                 result = self._timed(self._head, *inputs)
         tokens_R = logprobs = event = None
@@ -375,6 +461,21 @@ class Runner:
             event = torch.cuda.Event()
             event.record()
         return Launched(chunks, sampled, tokens_R, logprobs, scores, event)
+
+    def _hidden_states(self, chunks: list[Chunk]) -> tuple[StepTensors, Tensor]:
+        """Runs the decoder on a step with prompts: replayed where its size has been captured."""
+        size = self._replay_prompts(chunks)
+        if size is not None and self._graphs is not None:
+            step_bytes, _ = self._graphs.buffers(size, HIDDEN)
+            self._upload(chunks, size, step_bytes)
+            return size.views(step_bytes), self._timed(self._graphs.run, size, None, HIDDEN)
+        size = StepSize.of(chunks)
+        step = size.views(self._upload(chunks, size))
+        hidden_TE = self._timed(self._hidden, *self._hidden_inputs(step))
+        if self.compile in TORCHS_GRAPHS:
+            # What one graph of torch's returned is gone when the next one, the head's, begins.
+            hidden_TE = hidden_TE.clone()
+        return step, hidden_TE
 
     def _timed(self, function: Callable[..., Any], *inputs: Any) -> Any:
         start = time.perf_counter()
@@ -398,10 +499,10 @@ class Runner:
             parts.append(tuple(self._download(t) for t in top_logprobs(logits_RV, tokens_R, top)))
         return parts
 
-    # --- decode steps of fixed sizes -------------------------------------------------------------
+    # --- steps of fixed sizes --------------------------------------------------------------------
 
-    def capture_decode(self) -> Iterator[StepSize]:
-        """Captures the usual decode steps at once, so that none is captured while requests wait."""
+    def capture_steps(self) -> Iterator[StepSize]:
+        """Captures the usual steps at once, so that none is captured while requests wait."""
         if self._graphs is not None and self._status in ("eager", "ready"):
             try:
                 with torch.inference_mode():
@@ -411,12 +512,17 @@ class Runner:
 
     @property
     def num_captures(self) -> int:
-        """How many steps `capture_decode` captures."""
-        wanted = self._graphs is not None and self.device.type == "cuda"
-        return len(self._graphs.sizes) * len(COMPILED_DRAWS) if wanted and self._graphs else 0
+        """How many steps `capture_steps` captures."""
+        if self._graphs is None or self.device.type != "cuda":
+            return 0
+        return self._graphs.num_usual(len(COMPILED_DRAWS))
 
-    def _decode_call(self, step: StepTensors, sampling: SamplingTensors, head: str) -> Tensor:
+    def _captured_call(
+        self, step: StepTensors, sampling: SamplingTensors | None, head: str
+    ) -> Tensor:
         hidden_TE = self._hidden(*self._hidden_inputs(step))
+        if head == HIDDEN or sampling is None:
+            return hidden_TE
         result = self._head(hidden_TE, step.last_R, head, *sampling.tensors())
         if head != LOGITS:
             self.last_tokens_M[step.rows_R] = result
@@ -425,21 +531,32 @@ class Runner:
     def _give_graphs_up(self, error: CaptureError) -> None:
         self._graphs = None
         warnings.warn(
-            f"decode steps cannot be captured in a CUDA graph and are launched one kernel after "
+            f"steps cannot be captured in a CUDA graph and are launched one kernel after "
             f"the other: {str(error).strip().splitlines()[0]}",
             stacklevel=2,
         )
 
-    def _replay_size(
+    def _replay_decode(
         self, chunks: list[Chunk], scored: dict[int, int], head: str
     ) -> StepSize | None:
         """The captured size that serves this step; None for one that does not only decode, or
         while what would be captured is not compiled."""
         decodes = not scored and all(chunk.length == 1 and chunk.samples for chunk in chunks)
-        if self._graphs is None or not decodes or self._status not in ("eager", "ready"):
+        if self._graphs is None or not decodes:
             return None
-        num_blocks = max(len(chunk.sequence.blocks) for chunk in chunks)
-        size = self._graphs.size_for(len(chunks), num_blocks)
+        return self._captured(self._graphs.size_for(len(chunks), _num_blocks(chunks)), head)
+
+    def _replay_prompts(self, chunks: list[Chunk]) -> StepSize | None:
+        """The same for any step's hidden states."""
+        if self._graphs is None:
+            return None
+        num_tokens = sum(chunk.length for chunk in chunks)
+        size = self._graphs.prompt_size_for(num_tokens, len(chunks), _num_blocks(chunks))
+        return self._captured(size, HIDDEN)
+
+    def _captured(self, size: StepSize, head: str) -> StepSize | None:
+        if self._graphs is None or self._status not in ("eager", "ready"):
+            return None
         try:
             self._graphs.buffers(size, head)
         except CaptureError as error:

@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from minigen import LLM, SamplingParams
 from minigen.cache import BlockPool
 from minigen.engine import Engine
-from minigen.graphs import CaptureError, DecodeGraphs, bucket_sizes
+from minigen.graphs import HIDDEN, CaptureError, DecodeGraphs, bucket_sizes
 from minigen.kernels import native
 from minigen.kernels.paged_attention import choose_num_splits
 from minigen.kernels.tiles import choose_tile
@@ -188,7 +188,8 @@ def test_steps_of_fixed_sizes_draw_the_same(count: int) -> None:
     run_graph = graphs.run
 
     def watched(size, sampling, head):
-        replayed.append(size.num_rows)
+        if head != HIDDEN:
+            replayed.append(size.num_rows)
         return run_graph(size, sampling, head)
 
     graphs.run = watched
@@ -216,7 +217,7 @@ def test_a_step_that_cannot_be_captured_is_launched() -> None:
 def test_a_captured_step_keeps_its_own_draw(monkeypatch) -> None:
     """The row of the next token is written once, by the step itself or by the draw behind it."""
     made = engine(decode_graphs=True, overlap=True)
-    call, row_data = made.runner._decode_call, made.runner.last_tokens_M.data_ptr()
+    call, row_data = made.runner._captured_call, made.runner.last_tokens_M.data_ptr()
     written: list[object] = []
 
     class Watched(TorchDispatchMode):
@@ -229,7 +230,8 @@ def test_a_captured_step_keeps_its_own_draw(monkeypatch) -> None:
     assert made.runner._graphs is not None
 
     def counted(step, sampling, head):
-        steps.append(head)
+        if head != HIDDEN:
+            steps.append(head)
         return call(step, sampling, head)
 
     monkeypatch.setattr(made.runner._graphs, "_call", counted)
@@ -295,6 +297,7 @@ class FakeCuda:
             lambda num_rows, head, into: SamplingTensors.from_rows([], 5, "cpu"),
             lambda into, size: None,
             max_num_seqs=9,
+            max_num_tokens=70,
             max_num_blocks=2560,
             device=torch.device("cuda"),
         )
@@ -303,13 +306,14 @@ class FakeCuda:
 def test_graphs_are_captured_on_one_stream_after_a_warm_up(monkeypatch) -> None:
     """Else they would not share the memory of their pool."""
     cuda = FakeCuda(monkeypatch)
-    sizes = list(cuda.graphs().capture_all(("greedy", "plain")))
-    assert [(size.num_rows, size.width) for size in sizes[::2]] == [
-        (rows, 256) for rows in (9, 8, 4, 2)
-    ]
-    assert len(cuda.captures) == 8
+    graphs = cuda.graphs()
+    sizes = list(graphs.capture_all(("greedy", "plain")))
+    prompts = [(tokens, seqs, seqs, 256) for tokens in (70, 64) for seqs in (10, 8)]
+    decodes = [(rows, rows, rows, 256) for rows in (9, 8, 4, 2) for _ in ("greedy", "plain")]
+    assert sizes == [StepSize(*size) for size in prompts + decodes]
+    assert len(cuda.captures) == len(sizes) == graphs.num_usual(2)
     assert len(set(cuda.captures)) == 1
-    assert cuda.calls == [False, False, True] * 8
+    assert cuda.calls == [False, True] * len(sizes)
     assert not cuda.streams_set
 
 
@@ -328,10 +332,10 @@ def test_no_captured_table_is_wider_than_what_is_compiled(
     model = SimpleNamespace(max_length=max_length)
     longest = min(num_blocks, -(-max_length // 16))
     none: Any = None
-    graphs = DecodeGraphs(none, none, none, 8, longest, torch.device("cpu"))
+    graphs = DecodeGraphs(none, none, none, 8, 64, longest, torch.device("cpu"))
     has = data.draw(st.integers(1, longest))
     width = graphs.size_for(1, has).width
-    assert has <= width
+    assert has <= width == graphs.prompt_size_for(9, 1, has).width
     runner: Any = SimpleNamespace(num_blocks=num_blocks, model=model)
     assert width <= Runner._most_blocks.fget(runner)  # pyright: ignore[reportOptionalCall]
 
@@ -1016,13 +1020,25 @@ def test_the_real_checkpoint_tells_its_story(shared_dir) -> None:
 
 
 @pytest.mark.slow
-def test_one_compilation_serves_every_mix_of_lengths(monkeypatch) -> None:
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_one_compilation_serves_every_mix_of_lengths(by_layer: bool) -> None:
     import torch._dynamo.utils as dynamo
 
+    torch._dynamo.reset()  # another runner's heads would serve this one, too
     model = decoder()
-    runner = Runner(model, num_blocks=211, block_size=4, max_num_seqs=8, max_num_batched_tokens=64)
+    runner = Runner(
+        model,
+        num_blocks=211,
+        block_size=4,
+        max_num_seqs=8,
+        max_num_batched_tokens=64,
+        decode_graphs=by_layer,
+    )
+    before = dynamo.counters["stats"]["unique_graphs"]
     runner.start_compiling(background=False)
     assert runner.compile_status == "ready"
+    # Three heads, and the decoder: as one graph, or its beginning, one layer for all, and its norm.
+    assert dynamo.counters["stats"]["unique_graphs"] - before == 3 + (3 if by_layer else 1)
     scheduler = Scheduler(BlockPool(211, 4), 8, 64)
     made = Engine(runner, scheduler, None, [0], LIMIT)
     before = dynamo.counters["stats"]["unique_graphs"]

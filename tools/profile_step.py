@@ -41,7 +41,7 @@ def kernels_of(steps: Callable[[], None], count: int) -> list[dict[str, Any]]:
         torch.cuda.synchronize()
     found: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
     for event in profiled.events() or ():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
+        if event.device_type.name == "CUDA":
             found[event.name][0] += 1
             found[event.name][1] += event.time_range.elapsed_us()
     rows = [
