@@ -403,9 +403,17 @@ def _free_memory(device: torch.device, utilization: float) -> int:
         free, total = torch.cuda.mem_get_info(device)
         return int(free - (1 - utilization) * total)
     # A quarter of what is free: on a CPU the memory is shared with everything else.
+    free_bytes = free_host_memory()
+    if free_bytes is not None:
+        return free_bytes // 4
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8
+
+
+def free_host_memory() -> int | None:
+    """Bytes that the system would give out; None where it does not say (Linux does)."""
     try:
         with open("/proc/meminfo") as file:
             fields = dict(line.split(":", 1) for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024 // 4
+        return int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 8
+        return None

@@ -281,16 +281,28 @@ def test_two_processes_have_the_losses_of_one(inputs, tmp_path) -> None:
     alone = train_args(inputs, tmp_path / "one", *more, "--accumulate", 2)
     assert main(alone) == 0
     args = train_args(inputs, tmp_path / "two", *more, "--nproc-per-node", 2)
+    # What an interpreter does at its end: one of several must not come to it, see `train._leave`.
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(
+        "import atexit, os, pathlib\n"
+        f"ended = pathlib.Path({str(tmp_path)!r}, 'ended-' + os.environ.get('RANK', 'launcher'))\n"
+        "atexit.register(ended.touch)\n"
+    )
+    env = environment()
+    env["PYTHONPATH"] = os.pathsep.join(
+        filter(None, (str(tmp_path / "site"), env.get("PYTHONPATH")))
+    )
     finished = subprocess.run(
         [sys.executable, "-m", "minigen", *args],
         cwd=ROOT,
-        env={**environment(), "OMP_NUM_THREADS": "1"},
+        env={**env, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=170,
     )
     # What went wrong comes first; torchrun's account of it is long.
     assert finished.returncode == 0, finished.stderr[:6000]
+    assert [path.name for path in tmp_path.glob("ended-*")] == ["ended-launcher"]
     one, two = (read_table(tmp_path / name / "log.csv") for name in ("one", "two"))
     assert len(one) == len(two) > 5
     # The last step's batches are not cut alike, but hold the same samples.

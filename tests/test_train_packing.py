@@ -10,18 +10,10 @@ from hypothesis import strategies as st
 from minigen.flops import step_flops
 from minigen.model import DecoderConfig
 from minigen.packing import deal, epoch_order, pack, plan, stream
+from minigen.shapes import SHAPES
 
 BUDGET = 32
-LLAMA_1B = {
-    "model_type": "llama",
-    "vocab_size": 128256,
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "tie_word_embeddings": True,
-}
+LLAMA_1B = SHAPES["llama-3.2-1b"]
 lengths_of = st.lists(st.integers(2, BUDGET), min_size=1, max_size=80).map(np.array)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from minigen.llm import free_host_memory
 from minigen.measure import current_memory, peak_memory, reset_peak_memory, synchronize
 
 OUT_OF_MEMORY = "out of memory"
@@ -45,11 +46,5 @@ def too_large_for_host(num_bytes: float, device: torch.device) -> bool:
 
     Linux hands out more than there is and then ends the process, which no program can catch.
     """
-    if device.type != "cpu":
-        return False
-    try:
-        with open("/proc/meminfo") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        return num_bytes > int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return False
+    free = free_host_memory() if device.type == "cpu" else None
+    return free is not None and num_bytes > free
