@@ -76,12 +76,16 @@ def short(name: str) -> str:
     return name if len(name) <= NAME_LENGTH else name[: NAME_LENGTH - 1] + "…"
 
 
-def profile_steps(llm: LLM, prompts: list[list[int]], max_tokens: int, skip: int) -> dict[str, Any]:
+def profile_steps(
+    llm: LLM, prompts: list[list[int]], temperature: float, max_tokens: int, skip: int
+) -> dict[str, Any]:
     """Profiles `STEPS` steps of the engine, after `skip` steps of the same requests."""
     device = llm.device
 
     def begin() -> None:
-        params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+        params = SamplingParams(
+            temperature=temperature, max_tokens=max_tokens, ignore_eos=True, seed=0
+        )
         for i, prompt in enumerate(prompts):
             llm.engine.add_request(f"profile-{i}", prompt, params)
         for _ in range(skip):
@@ -179,11 +183,13 @@ def main(args: argparse.Namespace) -> None:
     for batch in args.batch_size:
         prompts = tokens_of([args.input_len] * batch, vocab_size, args.seed)
         prefills = -(-args.input_len * batch // max(args.prompt_tokens, most, 64))
-        found[f"decode {batch}"] = profile_steps(llm, prompts, STEPS + prefills + 20, prefills + 5)
+        found[f"decode {batch}"] = profile_steps(
+            llm, prompts, args.temperature, STEPS + prefills + 20, prefills + 5
+        )
         print(report(f"decode, batch {batch}", found[f"decode {batch}"], args.rows))
     # Each step takes one whole prompt that fills the budget, beside those that decode already.
     prompts = tokens_of([args.prompt_tokens] * (STEPS + 1), vocab_size, args.seed)
-    found["prompts"] = profile_steps(llm, prompts, 1, 1)
+    found["prompts"] = profile_steps(llm, prompts, args.temperature, 1, 1)
     print(report(f"prompts, {args.prompt_tokens} tokens", found["prompts"], args.rows))
     if args.output is not None:
         args.output.mkdir(parents=True, exist_ok=True)
@@ -207,6 +213,7 @@ def arguments() -> argparse.ArgumentParser:
     made.add_argument("--batch-size", type=int, nargs="+", default=[1, 32, 256], metavar="N")
     made.add_argument("--input-len", type=int, default=128, metavar="N", help="of decode's prompts")
     made.add_argument("--prompt-tokens", type=int, default=2048, metavar="N", help="prompts' step")
+    made.add_argument("--temperature", type=float, default=0.0, metavar="T")
     made.add_argument("--num-cache-blocks", type=int, metavar="N")
     made.add_argument("--max-model-len", type=int, metavar="N")
     made.add_argument("--compile", default="default", metavar="MODE")
