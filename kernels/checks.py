@@ -180,6 +180,72 @@ def check_cache_write(
     )
 
 
+def check_rope_cache_write(
+    qkv_TXD: Tensor,
+    q_weight_D: Tensor | None,
+    k_weight_D: Tensor | None,
+    cos_PR: Tensor,
+    sin_PR: Tensor,
+    positions_T: Tensor,
+    k_cache_NBKD: Tensor,
+    v_cache_NBKD: Tensor,
+    slots_T: Tensor,
+) -> None:
+    """Raises ValueError unless shapes, dtypes and devices agree. X heads: queries, keys, values."""
+    _require(qkv_TXD, "qkv", 3, _float_dtypes(qkv_TXD.device))
+    _check_caches(k_cache_NBKD, v_cache_NBKD, qkv_TXD.dtype)
+    num_tokens, num_heads, head_dim = qkv_TXD.shape
+    num_kv_heads = k_cache_NBKD.shape[2]
+    num_q_heads = num_heads - 2 * num_kv_heads
+    if num_kv_heads < 1 or num_q_heads < 1 or num_q_heads % num_kv_heads:
+        raise ValueError(
+            f"qkv must have {num_kv_heads} heads of keys and of values, as k_cache has, and a "
+            f"multiple of queries, got {num_heads} heads in all"
+        )
+    if not 1 <= head_dim <= MAX_HEAD_DIM or k_cache_NBKD.shape[3] != head_dim:
+        raise ValueError(
+            f"qkv and k_cache must have one head dim from 1 to {MAX_HEAD_DIM}, got {head_dim} and "
+            f"{k_cache_NBKD.shape[3]}"
+        )
+    if (q_weight_D is None) != (k_weight_D is None):
+        raise ValueError("q_weight and k_weight must be given both or neither")
+    for name, weight in (("q_weight", q_weight_D), ("k_weight", k_weight_D)):
+        if weight is not None and (tuple(weight.shape) != (head_dim,) or weight.stride(0) != 1):
+            raise ValueError(
+                f"{name} must be contiguous with one entry for each of {head_dim} dims of a head, "
+                f"got shape {tuple(weight.shape)}"
+            )
+    for name, table in (("cos", cos_PR), ("sin", sin_PR)):
+        _require(table, name, 2, (torch.float32,))
+        if table.shape != cos_PR.shape or not 2 <= 2 * table.shape[1] <= head_dim:
+            raise ValueError(
+                f"cos and sin must have one shape, with at most {head_dim // 2} columns, half the "
+                f"head dim, got {tuple(cos_PR.shape)} and {tuple(sin_PR.shape)}"
+            )
+        if not table.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {table.stride()}")
+    for name, numbers in (("positions", positions_T), ("slots", slots_T)):
+        _require(numbers, name, 1, (torch.int64,))
+        if numbers.shape[0] != num_tokens:
+            raise ValueError(
+                f"{name} must have one entry for each of {num_tokens} tokens of qkv, "
+                f"got {numbers.shape[0]}"
+            )
+    weights = {}
+    if q_weight_D is not None and k_weight_D is not None:
+        weights = {"q_weight": q_weight_D, "k_weight": k_weight_D}
+    _require_same_device(
+        qkv_TXD.device,
+        k_cache=k_cache_NBKD,
+        v_cache=v_cache_NBKD,
+        cos=cos_PR,
+        sin=sin_PR,
+        positions=positions_T,
+        slots=slots_T,
+        **weights,
+    )
+
+
 def _check_caches(k_cache_NBKD: Tensor, v_cache_NBKD: Tensor, dtype: torch.dtype) -> None:
     _require(k_cache_NBKD, "k_cache", 4, (dtype,))
     _require(v_cache_NBKD, "v_cache", 4, (dtype,))
@@ -238,6 +304,16 @@ def read_slots(slots_T: Tensor, num_slots: int) -> list[int]:
             f"slots must be from 0 to {num_slots - 1}, or -1 to skip a token, got {_shorten(slots)}"
         )
     return slots
+
+
+def read_positions(positions_T: Tensor, num_rows: int) -> None:
+    """Waits for the device; ValueError for a position that is no row of the rope tables."""
+    positions: list[int] = positions_T.tolist()
+    if positions and not 0 <= min(positions) <= max(positions) < num_rows:
+        raise ValueError(
+            f"positions must be from 0 to {num_rows - 1}, the rows of cos and sin, "
+            f"got {_shorten(positions)}"
+        )
 
 
 def _shorten(values: list[int]) -> str:

@@ -13,8 +13,10 @@ pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget
 
 from minigen.kernels.checks import Window
+from minigen.kernels.dependent_launch import launch_options
 from minigen.kernels.kv_cache_write import kv_cache_write_kernel
 from minigen.kernels.paged_attention import merge_splits_kernel, paged_attention_kernel
+from minigen.kernels.rope_cache_write import rope_cache_write_kernel, rope_constants
 from minigen.kernels.tiles import (
     Tile,
     choose_tile,
@@ -236,3 +238,21 @@ def test_merge_and_cache_write(target_name: str) -> None:
         {"NUM_KV_HEADS": 3, "HEAD_DIM": 80, "BLOCK": 256},
         "bf16",
     )
+
+
+@by_target
+@pytest.mark.parametrize(
+    ("num_kv_heads", "head_dim", "half", "rotates"),
+    [(8, 128, 64, True), (3, 80, 24, True), (3, 64, 32, False)],
+)
+def test_rope_cache_write(
+    target_name: str, num_kv_heads: int, head_dim: int, half: int, rotates: bool
+) -> None:
+    for pdl in {False, target_name in ("sm_90", "sm_100")}:
+        constants = rope_constants(2 * num_kv_heads, num_kv_heads, head_dim, half, rotates)
+        constants |= {"HAS_NORM": head_dim != 64, **launch_options(pdl)}
+        compiled = check(rope_cache_write_kernel, target_name, constants, "bf16", aligned=True)
+        if target_name == "sm_90":
+            # So that 20 programs of two warps and more fit a multiprocessor.
+            assert (compiled.registers or 0) <= 48
+            assert (compiled.stack_bytes or 0) == 0

@@ -12,7 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
 HOPPER = GPUTarget("cuda", 90, 32)
-FLOAT_ARGUMENTS = ("score_scale", "cap_scale", "scale")
+FLOAT_ARGUMENTS = ("score_scale", "cap_scale", "scale", "eps", "norm_offset")
 
 
 class Compiled(NamedTuple):
@@ -38,20 +38,24 @@ def compile_ahead(
 ) -> Compiled:
     """Compiles with every argument that is no constant as pointer, number or float by its name.
 
-    `constants` may hold num_warps and num_stages, and names that the kernel does not have. Pointers
-    count as multiples of 16 bytes, as torch's are, and so do the numbers named in `aligned`.
+    `constants` may hold num_warps, num_stages and launch_pdl, and names that the kernel does not
+    have. Pointers count as multiples of 16 bytes, as torch's are, and so do the numbers named in
+    `aligned`.
     """
-    options = {name: constants[name] for name in ("num_warps", "num_stages") if name in constants}
+    kinds = ("num_warps", "num_stages", "launch_pdl")
+    options = {name: constants[name] for name in kinds if name in constants}
     constants = {name: constants[name] for name in kernel.arg_names if name in constants}
 
     def type_of(name: str) -> str:
         if name in constants:
             return "constexpr"
-        if name == "slots_ptr":
+        if name in ("slots_ptr", "positions_ptr"):
             return "*i64"
         if name.startswith(("cu_seqlens", "kv_lens", "block_table")):
             return "*i32"
         if name in ("lse_ptr", "dlse_ptr", "shift_ptr", "delta_ptr", "part_ptr"):
+            return "*fp32"
+        if name in ("cos_ptr", "sin_ptr"):
             return "*fp32"
         if name.endswith("_ptr"):
             return f"*{floats}"

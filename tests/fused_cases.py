@@ -1,0 +1,140 @@
+"""Random problems for the fused kernels of a decode step, and their answers in float64.
+
+Shapes: T packed tokens, H query heads, K key/value heads, X = H + 2K, D head dim, R rotated part of
+D, P rows of the rope tables, N cache blocks, B tokens a block.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RopeCase:
+    """One call of rope_cache_write. `padding` elements lie between the tokens' rows."""
+
+    num_tokens: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rotary_dim: int
+    has_norm: bool
+    rotates: bool
+    dtype: torch.dtype
+    padding: int
+    seed: int
+
+
+@st.composite
+def rope_cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...], most_tokens: int) -> RopeCase:
+    num_kv_heads = draw(st.sampled_from([1, 2, 3, 8]))
+    head_dim = draw(st.sampled_from([2, 16, 40, 64, 80, 96, 128, 256]))
+    return RopeCase(
+        num_tokens=draw(st.sampled_from([0, 1, 2]) | st.integers(0, most_tokens)),
+        num_q_heads=num_kv_heads * draw(st.sampled_from([1, 2, 3, 8])),
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        rotary_dim=2 * draw(st.just(head_dim // 2) | st.integers(1, head_dim // 2)),
+        has_norm=draw(st.booleans()),
+        rotates=draw(st.sampled_from([True, True, False])),
+        dtype=draw(st.sampled_from(dtypes)),
+        padding=draw(st.sampled_from([0, 0, 8, 3])),
+        seed=draw(st.integers(0, 2**31)),
+    )
+
+
+class RopeProblem(NamedTuple):
+    """The operation's arguments in its order, up to `rotates`; the caches hold NaN."""
+
+    qkv_TXD: Tensor
+    q_weight_D: Tensor | None
+    k_weight_D: Tensor | None
+    eps: float
+    cos_PR: Tensor
+    sin_PR: Tensor
+    positions_T: Tensor
+    k_cache_NBKD: Tensor
+    v_cache_NBKD: Tensor
+    slots_T: Tensor
+    rotates: bool
+
+
+def make_rope_problem(case: RopeCase, device: str = "cpu") -> RopeProblem:
+    generator = torch.Generator().manual_seed(case.seed)
+    tokens, dim = case.num_tokens, case.head_dim
+    heads = case.num_q_heads + 2 * case.num_kv_heads
+    # Rows of very different sizes, so that a norm over the wrong ones shows.
+    rows = torch.randn(tokens, heads * dim + case.padding, generator=generator)
+    rows *= torch.randint(1, 9, (tokens, 1), generator=generator)
+    weights = 1 + torch.randn(2, dim, generator=generator)
+    num_rows = 3 * tokens + 5
+    angle_PR = torch.rand(num_rows, case.rotary_dim // 2, generator=generator) * 6.28
+    positions_T = torch.randint(num_rows, (tokens,), generator=generator)
+    shape = (tokens // 4 + 2, 4, case.num_kv_heads, dim)
+    slots_T = torch.randperm(shape[0] * 4, generator=generator)[:tokens]
+    slots_T[torch.rand(tokens, generator=generator) < 0.2] = -1
+    q_weight_D, k_weight_D = weights.to(device, case.dtype) if case.has_norm else (None, None)
+    return RopeProblem(
+        rows.to(device, case.dtype)[:, : heads * dim].unflatten(1, (heads, dim)),
+        q_weight_D,
+        k_weight_D,
+        1e-6,
+        # As longrope has it, the tables carry a scale.
+        (1.2 * angle_PR.cos()).to(device),
+        (1.2 * angle_PR.sin()).to(device),
+        positions_T.to(device),
+        torch.full(shape, torch.nan, dtype=case.dtype, device=device),
+        torch.full(shape, torch.nan, dtype=case.dtype, device=device),
+        slots_T.to(device),
+        case.rotates,
+    )
+
+
+class RopeExpected(NamedTuple):
+    """In float64, with what rounding may add; caches as they are after the call."""
+
+    q_THD: Tensor
+    q_error_THD: Tensor
+    k_cache_NBKD: Tensor
+    k_error_NBKD: Tensor
+    v_cache_NBKD: Tensor
+
+
+def rope_reference(case: RopeCase, problem: RopeProblem) -> RopeExpected:
+    """Token by token and head by head, in float64 on the CPU."""
+    qkv = problem.qkv_TXD.cpu().double()
+    out, error = qkv.clone(), torch.zeros_like(qkv)
+    half = case.rotary_dim // 2 if case.rotates else 0
+    unit = torch.finfo(case.dtype).eps / 2 + 8 * torch.finfo(torch.float32).eps
+    num_q, num_kv = case.num_q_heads, case.num_kv_heads
+    for token in range(case.num_tokens):
+        position = int(problem.positions_T[token])
+        cos_R, sin_R = (x[position].cpu().double() for x in (problem.cos_PR, problem.sin_PR))
+        for head in range(num_q + num_kv):
+            x_D, error_D = qkv[token, head], torch.zeros(case.head_dim, dtype=torch.float64)
+            weight_D = problem.q_weight_D if head < num_q else problem.k_weight_D
+            if weight_D is not None:
+                x_D = x_D / (x_D.pow(2).mean() + problem.eps).sqrt() * weight_D.cpu().double()
+                error_D = unit * x_D.abs()
+            if half:
+                a_R, b_R = x_D[:half], x_D[half : 2 * half]
+                size_a = a_R.abs() * cos_R.abs() + b_R.abs() * sin_R.abs()
+                size_b = b_R.abs() * cos_R.abs() + a_R.abs() * sin_R.abs()
+                turned_D = torch.cat([a_R * cos_R - b_R * sin_R, b_R * cos_R + a_R * sin_R])
+                # Of the norm's rounding, where there is one, then of the rotation's own.
+                before = unit if weight_D is not None else 8 * torch.finfo(torch.float32).eps
+                turned_error = before * torch.cat([size_a, size_b]) + unit * turned_D.abs()
+                x_D = torch.cat([turned_D, x_D[2 * half :]])
+                error_D = torch.cat([turned_error, error_D[2 * half :]])
+            out[token, head], error[token, head] = x_D, error_D
+    k_cache, v_cache = (x.cpu().double() for x in (problem.k_cache_NBKD, problem.v_cache_NBKD))
+    k_error = torch.zeros_like(k_cache)
+    for token, slot in enumerate(problem.slots_T.tolist()):
+        if slot >= 0:
+            k_cache[slot // 4, slot % 4] = out[token, num_q : num_q + num_kv]
+            k_error[slot // 4, slot % 4] = error[token, num_q : num_q + num_kv]
+            v_cache[slot // 4, slot % 4] = out[token, num_q + num_kv :]
+    return RopeExpected(out[:, :num_q], error[:, :num_q], k_cache, k_error, v_cache)

@@ -1,0 +1,146 @@
+"""The fused kernels of a decode step in Triton: on a GPU, or (as in test_gpu_kernels) interpreted.
+
+Shapes: T packed tokens, H query heads, K key/value heads, D head dim, N cache blocks, B tokens a
+block, R rotated part of D.
+"""
+
+import dataclasses
+import os
+
+import pytest
+import torch
+from hypothesis import example, given
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from minigen.kernels.rope_cache_write import rope_cache_write_triton
+from tests.attention_cases import assert_within
+from tests.fused_cases import (
+    RopeCase,
+    RopeProblem,
+    make_rope_problem,
+    rope_cases,
+    rope_reference,
+)
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+DTYPES = (
+    (torch.float32, torch.float16)
+    if INTERPRETED
+    else (torch.bfloat16, torch.float16, torch.float32)
+)
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not INTERPRETED and not torch.cuda.is_available(), reason="needs a CUDA GPU"
+    ),
+]
+
+ROPE_CASE = RopeCase(
+    num_tokens=5,
+    num_q_heads=6,
+    num_kv_heads=3,
+    head_dim=40,
+    rotary_dim=24,
+    has_norm=True,
+    rotates=True,
+    dtype=torch.float16,
+    padding=0,
+    seed=0,
+)
+
+
+def has_dependent_launch() -> bool:
+    return not INTERPRETED and torch.cuda.get_device_capability() >= (9, 0)
+
+
+def assert_rope(case: RopeCase, problem: RopeProblem, q_THD: Tensor) -> None:
+    expected = rope_reference(case, problem._replace(**unwritten(problem)))
+    assert q_THD.is_contiguous()
+    assert_within(q_THD, expected.q_THD, expected.q_error_THD)
+    for cache, wanted, error in (
+        (problem.k_cache_NBKD, expected.k_cache_NBKD, expected.k_error_NBKD),
+        (problem.v_cache_NBKD, expected.v_cache_NBKD, torch.zeros_like(expected.k_error_NBKD)),
+    ):
+        assert torch.equal(cache.isnan().cpu(), wanted.isnan())
+        assert_within(cache.nan_to_num(), wanted.nan_to_num(), error)
+
+
+def unwritten(problem: RopeProblem) -> dict[str, Tensor]:
+    names = ("k_cache_NBKD", "v_cache_NBKD")
+    return {name: torch.full_like(getattr(problem, name), torch.nan) for name in names}
+
+
+@example(dataclasses.replace(ROPE_CASE, rotates=False))
+@example(ROPE_CASE)
+@given(rope_cases(DTYPES, 6 if INTERPRETED else 40))
+def test_rope_cache_write_equals_definition(case: RopeCase) -> None:
+    problem = make_rope_problem(case, DEVICE)
+    assert_rope(case, problem, rope_cache_write_triton(*problem))
+
+
+def test_rope_cache_write_ends_at_the_edges_of_tables_and_cache() -> None:
+    problem = make_rope_problem(ROPE_CASE, DEVICE)
+    num_rows, num_slots = problem.cos_PR.shape[0], problem.k_cache_NBKD[..., 0, 0].numel()
+    expected_THD = rope_cache_write_triton(*problem)
+    caches = unwritten(problem)
+    problem = problem._replace(**caches)
+    problem.positions_T[1], problem.positions_T[3] = -1, num_rows
+    problem.slots_T[:] = torch.tensor([0, -2, num_slots, num_slots - 1, 2**40])
+    q_THD = rope_cache_write_triton(*problem)
+    for token in (0, 2, 4):
+        assert torch.equal(q_THD[token], expected_THD[token])
+    for token in (1, 3):
+        assert q_THD[token, :, :24].isnan().all()
+    written = ~problem.v_cache_NBKD.flatten(0, 1)[:, 0, 0].isnan()
+    assert written.nonzero().flatten().tolist() == [0, num_slots - 1]
+
+
+def test_rope_cache_write_beyond_32_bit_indexes() -> None:
+    shape = (2**31 // (16 * 8 * 256) + 2, 16, 8, 256)
+    try:
+        caches = [torch.empty(shape, dtype=torch.float16, device=DEVICE) for _ in "kv"]
+    except RuntimeError:
+        pytest.skip("this machine has no 9 GB for the two caches")
+    qkv = torch.randn(1, 24, 256).to(DEVICE, torch.float16)
+    table = torch.ones(1, 128, device=DEVICE)
+    last = torch.full((1,), shape[0] * 16 - 1, device=DEVICE)
+    zero, (k_cache, v_cache) = torch.zeros_like(last), caches
+    rope_cache_write_triton(
+        qkv, None, None, 0.0, table, table, zero, k_cache, v_cache, last, rotates=False
+    )
+    assert torch.equal(k_cache[-1, -1], qkv[0, 8:16])
+    assert torch.equal(v_cache[-1, -1], qkv[0, 16:])
+
+
+# What only a GPU shows. The run in the interpreter leaves these out by name.
+
+
+def test_registered_rope_cache_write_passes_opcheck_and_waits_for_nothing() -> None:
+    problem = make_rope_problem(ROPE_CASE, DEVICE)
+    problem.k_cache_NBKD.zero_()
+    problem.v_cache_NBKD.zero_()
+    operator = torch.ops.minigen.rope_cache_write.default
+    torch.library.opcheck(operator, (*problem, False))
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        operator(*problem, False)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def test_registered_rope_cache_write_starts_early_with_the_same_result() -> None:
+    if not has_dependent_launch():
+        pytest.skip("needs a GPU with programmatic dependent launch (sm_90)")
+    problem = make_rope_problem(ROPE_CASE, DEVICE)
+    weight = torch.randn(4096, problem.qkv_TXD[0].numel(), device=DEVICE, dtype=torch.float16)
+    x = torch.randn(5, 4096, device=DEVICE, dtype=torch.float16) / 64
+    for _ in range(20):  # each round the projection before it is another
+        x = x.roll(1, 1)
+        qkv_TXD = (x @ weight).view(problem.qkv_TXD.shape)
+        early_THD = rope_cache_write_triton(*problem._replace(qkv_TXD=qkv_TXD), pdl=True)
+        assert torch.equal(early_THD, rope_cache_write_triton(*problem._replace(qkv_TXD=qkv_TXD)))

@@ -1,0 +1,127 @@
+"""The fused operations of a decode step on the CPU, and their Triton kernels interpreted.
+
+Shapes: T packed tokens, X heads of the projection, D head dim.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from torch import Tensor
+
+from minigen.kernels import kv_cache_write, rope_cache_write
+from minigen.model import RMSNorm, apply_rope
+from tests.attention_cases import assert_within
+from tests.fused_cases import RopeCase, make_rope_problem, rope_cases, rope_reference
+
+CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ROPE_CASE = RopeCase(5, 6, 3, 40, 24, True, True, torch.float32, 0, 0)
+
+
+@given(rope_cases(CPU_DTYPES, 9))
+def test_rope_cache_write_equals_definition(case: RopeCase) -> None:
+    problem = make_rope_problem(case)
+    expected = rope_reference(case, problem)
+    q_THD = rope_cache_write(*problem)
+    assert q_THD.dtype == case.dtype
+    assert_within(q_THD, expected.q_THD, expected.q_error_THD)
+    k_cache, v_cache = problem.k_cache_NBKD, problem.v_cache_NBKD
+    assert torch.equal(k_cache.isnan(), expected.k_cache_NBKD.isnan())
+    assert_within(k_cache.nan_to_num(), expected.k_cache_NBKD.nan_to_num(), expected.k_error_NBKD)
+    torch.testing.assert_close(
+        v_cache.double(), expected.v_cache_NBKD, rtol=0, atol=0, equal_nan=True
+    )
+
+
+@given(rope_cases((torch.float64, *CPU_DTYPES), 9))
+def test_rope_cache_write_equals_the_models_own_operations(case: RopeCase) -> None:
+    """To the last bit: on the CPU it is the same composition."""
+    problem = make_rope_problem(case)
+    heads = case.num_q_heads, case.num_kv_heads, case.num_kv_heads
+    q_THD, k_TKD, v_TKD = problem.qkv_TXD.split(heads, 1)
+
+    def prepared(x_THD: Tensor, weight_D: Tensor | None) -> Tensor:
+        if weight_D is not None:
+            norm = RMSNorm(case.head_dim, problem.eps, 0.0)
+            norm.weight = torch.nn.Parameter(weight_D, requires_grad=False)
+            x_THD = norm(x_THD)
+        tables = problem.cos_PR[problem.positions_T], problem.sin_PR[problem.positions_T]
+        return apply_rope(x_THD, *tables) if case.rotates else x_THD
+
+    caches = [torch.full_like(problem.k_cache_NBKD, torch.nan) for _ in "kv"]
+    k_cache, v_cache = caches
+    kv_cache_write(prepared(k_TKD, problem.k_weight_D), v_TKD, k_cache, v_cache, problem.slots_T)
+    assert torch.equal(rope_cache_write(*problem), prepared(q_THD, problem.q_weight_D))
+    for cache, expected in zip((problem.k_cache_NBKD, problem.v_cache_NBKD), caches, strict=True):
+        torch.testing.assert_close(cache, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_rope_cache_write_passes_opcheck() -> None:
+    problem = make_rope_problem(ROPE_CASE)
+    problem.k_cache_NBKD.zero_()
+    problem.v_cache_NBKD.zero_()
+    for rotates in (True, False):
+        for weights in (problem[1:3], (None, None)):
+            arguments = (problem.qkv_TXD, *weights, *problem[3:10], rotates, False)
+            torch.library.opcheck(torch.ops.minigen.rope_cache_write.default, arguments)
+
+
+def test_rope_cache_write_compiles_for_any_number_of_tokens() -> None:
+    problem = make_rope_problem(ROPE_CASE)
+    compiled = torch.compile(rope_cache_write, fullgraph=True, backend="aot_eager", dynamic=True)
+    for tokens in (5, 3):
+        part = problem._replace(
+            qkv_TXD=problem.qkv_TXD[:tokens],
+            positions_T=problem.positions_T[:tokens],
+            slots_T=problem.slots_T[:tokens],
+        )
+        assert torch.equal(compiled(*part), rope_cache_write(*part))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"qkv_TXD": torch.ones(5, 480)}, "qkv must have 3 dimensions"),
+        ({"qkv_TXD": torch.ones(5, 6, 40)}, "3 heads of keys and of values.* 6 heads in all"),
+        ({"qkv_TXD": torch.ones(5, 12, 48)}, "one head dim from 1 to 256, got 48 and 40"),
+        ({"qkv_TXD": torch.ones(5, 12, 40).half()}, "k_cache must be torch.float16"),
+        ({"q_weight_D": None}, "q_weight and k_weight must be given both or neither"),
+        ({"q_weight_D": torch.ones(20)}, "q_weight must be contiguous with one entry for each"),
+        ({"cos_PR": torch.ones(20, 12).double()}, "cos must be torch.float32"),
+        ({"sin_PR": torch.ones(20, 13)}, "cos and sin must have one shape"),
+        ({"cos_PR": torch.ones(20, 21), "sin_PR": torch.ones(20, 21)}, "at most 20 columns"),
+        ({"cos_PR": torch.ones(12, 20).T}, "cos must be contiguous"),
+        ({"positions_T": torch.zeros(4, dtype=torch.int64)}, "positions must have one entry"),
+        ({"positions_T": torch.full((5,), 20)}, "positions must be from 0 to 19"),
+        ({"slots_T": torch.zeros(5, dtype=torch.int32)}, "slots must be torch.int64"),
+        ({"slots_T": torch.full((5,), 12)}, "slots must be from 0 to 11"),
+    ],
+)
+def test_rope_cache_write_refuses(change: dict[str, Any], message: str) -> None:
+    problem = make_rope_problem(ROPE_CASE)
+    if "sin_PR" in change:
+        problem = problem._replace(cos_PR=torch.ones(20, 12))
+    with pytest.raises(ValueError, match=message):
+        rope_cache_write(*problem._replace(**change))
+
+
+def test_triton_kernels_in_the_interpreter() -> None:
+    """A process of its own: Triton reads the variable once, when it is imported."""
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider"]
+    finished = subprocess.run(
+        [*command, "-k", "not registered", "tests/test_gpu_kernels_fused.py"],
+        cwd=Path(__file__).parent.parent,
+        env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-2000:]
+    assert " passed" in finished.stdout
+    assert "skipped" not in finished.stdout
