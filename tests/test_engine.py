@@ -836,7 +836,7 @@ def test_penalties_take_memory_only_while_a_request_runs() -> None:
         made.add_request(str(i), [1, 2, 3], params)
     while made.has_unfinished():
         made.step()
-        counted = [s for s in made._sample_of.values() if s.counts is not None]
+        counted = [s for s in made._sample_of.values() if s.row.counts is not None]
         assert len(counted) <= 2
 
 

@@ -24,8 +24,8 @@ def test_profile_step(tmp_path: Path) -> None:
         assert document[name]["step_us"] > document[name]["launch_us"] > 0
         assert document[name]["num_kernels"] == document[name]["device_us"] == 0
         functions = {row["name"].split()[-1]: row for row in everything[name]["functions"]}
-        assert functions["launch"]["count"] == functions["write_step"]["count"] == 1
-        assert functions["launch"]["with_calls_us"] > functions["write_step"]["with_calls_us"]
+        assert functions["launch"]["count"] == functions["_upload"]["count"] == 1
+        assert functions["launch"]["with_calls_us"] > functions["_upload"]["with_calls_us"]
     assert everything["start"]["functions"][0]["with_calls_us"] > 0
 
 
