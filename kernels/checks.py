@@ -186,7 +186,7 @@ def check_rope_cache_write(
     k_weight_D: Tensor | None,
     cos_PR: Tensor,
     sin_PR: Tensor,
-    positions_T: Tensor,
+    positions_T: Tensor | None,
     k_cache_NBKD: Tensor,
     v_cache_NBKD: Tensor,
     slots_T: Tensor,
@@ -224,25 +224,29 @@ def check_rope_cache_write(
             )
         if not table.is_contiguous():
             raise ValueError(f"{name} must be contiguous, got strides {table.stride()}")
+    if positions_T is None and cos_PR.shape[0] != num_tokens:
+        raise ValueError(
+            f"without positions cos and sin must have one row for each of {num_tokens} tokens of "
+            f"qkv, got {cos_PR.shape[0]}"
+        )
     for name, numbers in (("positions", positions_T), ("slots", slots_T)):
+        if numbers is None:
+            continue
         _require(numbers, name, 1, (torch.int64,))
         if numbers.shape[0] != num_tokens:
             raise ValueError(
                 f"{name} must have one entry for each of {num_tokens} tokens of qkv, "
                 f"got {numbers.shape[0]}"
             )
-    weights = {}
-    if q_weight_D is not None and k_weight_D is not None:
-        weights = {"q_weight": q_weight_D, "k_weight": k_weight_D}
+    given = {"q_weight": q_weight_D, "k_weight": k_weight_D, "positions": positions_T}
     _require_same_device(
         qkv_TXD.device,
         k_cache=k_cache_NBKD,
         v_cache=v_cache_NBKD,
         cos=cos_PR,
         sin=sin_PR,
-        positions=positions_T,
         slots=slots_T,
-        **weights,
+        **{name: tensor for name, tensor in given.items() if tensor is not None},
     )
 
 

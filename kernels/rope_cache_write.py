@@ -22,6 +22,11 @@ from minigen.kernels.triton_import import tl, triton
 PROGRAM_ELEMENTS = 1024
 
 
+def fuses_rope(qkv_TXD: Tensor) -> bool:
+    """Whether one kernel is quicker than the separate operations: on a GPU."""
+    return qkv_TXD.is_cuda
+
+
 def rope_cache_write(
     qkv_TXD: Tensor,
     q_weight_D: Tensor | None,
@@ -29,7 +34,7 @@ def rope_cache_write(
     eps: float,
     cos_PR: Tensor,
     sin_PR: Tensor,
-    positions_T: Tensor,
+    positions_T: Tensor | None,
     k_cache_NBKD: Tensor,
     v_cache_NBKD: Tensor,
     slots_T: Tensor,
@@ -49,7 +54,7 @@ def rope_cache_write(
             neither; `eps` is theirs.
         cos_PR, sin_PR: contiguous float32 tables [P, R / 2] (RoPE, arXiv 2104.09864; entry i of a
             head is paired with i + R / 2). R < D leaves the rest of a head as it is.
-        positions_T: int64 rows of the tables.
+        positions_T: int64 rows of the tables; None: token t's is row t.
         k_cache_NBKD, v_cache_NBKD: contiguous caches of the dtype of qkv, changed in place; they
             say how many heads are keys.
         slots_T: int64, block * B + row; -1 skips the token, no other value may occur twice.
@@ -91,7 +96,7 @@ def _cpu(
     eps: float,
     cos_PR: Tensor,
     sin_PR: Tensor,
-    positions_T: Tensor,
+    positions_T: Tensor | None,
     k_cache_NBKD: Tensor,
     v_cache_NBKD: Tensor,
     slots_T: Tensor,
@@ -108,9 +113,10 @@ def _cpu(
     if q_weight_D is not None and k_weight_D is not None:
         q_THD, k_TKD = _normed(q_THD, q_weight_D, eps), _normed(k_TKD, k_weight_D, eps)
     if rotates:
-        read_positions(positions_T, cos_PR.shape[0])
-        cos_TR, sin_TR = cos_PR[positions_T], sin_PR[positions_T]
-        q_THD, k_TKD = _rotated(q_THD, cos_TR, sin_TR), _rotated(k_TKD, cos_TR, sin_TR)
+        if positions_T is not None:
+            read_positions(positions_T, cos_PR.shape[0])
+            cos_PR, sin_PR = cos_PR[positions_T], sin_PR[positions_T]
+        q_THD, k_TKD = _rotated(q_THD, cos_PR, sin_PR), _rotated(k_TKD, cos_PR, sin_PR)
     if -1 in slots:
         kept_T = slots_T >= 0
         k_TKD, v_TKD, slots_T = k_TKD[kept_T], v_TKD[kept_T], slots_T[kept_T]
@@ -141,7 +147,7 @@ def _fake(
     eps: float,
     cos_PR: Tensor,
     sin_PR: Tensor,
-    positions_T: Tensor,
+    positions_T: Tensor | None,
     k_cache_NBKD: Tensor,
     v_cache_NBKD: Tensor,
     slots_T: Tensor,
@@ -163,7 +169,7 @@ def _cuda(
     eps: float,
     cos_PR: Tensor,
     sin_PR: Tensor,
-    positions_T: Tensor,
+    positions_T: Tensor | None,
     k_cache_NBKD: Tensor,
     v_cache_NBKD: Tensor,
     slots_T: Tensor,
@@ -185,7 +191,7 @@ def rope_cache_write_triton(
     eps: float,
     cos_PR: Tensor,
     sin_PR: Tensor,
-    positions_T: Tensor,
+    positions_T: Tensor | None,
     k_cache_NBKD: Tensor,
     v_cache_NBKD: Tensor,
     slots_T: Tensor,
@@ -221,11 +227,12 @@ def rope_cache_write_triton(
             cos_PR.shape[0],
             num_blocks * block_size,
             qkv_TXD.stride(0),
-            positions_T.stride(0),
+            0 if positions_T is None else positions_T.stride(0),
             slots_T.stride(0),
             eps,
             **constants,
             HAS_NORM=q_weight_D is not None,
+            HAS_POSITIONS=positions_T is not None,
             **launch_options(pdl),
         )
     return q_THD
@@ -241,7 +248,8 @@ def rope_constants(
     half = half if rotates else 0
     rest = head_dim - 2 * half
     block_half, block_rest = (power_of_two(part) if part else 0 for part in (half, rest))
-    heads = max(PROGRAM_ELEMENTS // (2 * block_half + block_rest), 1)
+    # Rounded down to a power of two, as a tile must be.
+    heads = max(PROGRAM_ELEMENTS // power_of_two(2 * block_half + block_rest), 1)
     block_heads = min(heads, power_of_two(num_kv_heads))
     return {
         "NUM_Q_HEADS": num_q_heads,
@@ -362,13 +370,16 @@ def rope_cache_write_kernel(
     NUM_Q_GROUPS: tl.constexpr,
     NUM_KV_GROUPS: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """One program: up to BLOCK_HEADS heads of one token, all of them queries, keys or values."""
     NUM_GROUPS: tl.constexpr = NUM_Q_GROUPS + 2 * NUM_KV_GROUPS
     token = (tl.program_id(0) // NUM_GROUPS).to(tl.int64)
     group = tl.program_id(0) % NUM_GROUPS
-    position = tl.load(positions_ptr + token * positions_stride)
+    position = token
+    if HAS_POSITIONS:
+        position = tl.load(positions_ptr + token * positions_stride)
     slot = tl.load(slots_ptr + token * slots_stride)
     if PDL:
         wait_for_predecessor()

@@ -23,8 +23,15 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.nested._internal.nested_tensor import nested_view_from_values_offsets
 
-from minigen.kernels import kv_cache_write, linear, paged_attention, varlen_attention
+from minigen.kernels import (
+    kv_cache_write,
+    linear,
+    paged_attention,
+    rope_cache_write,
+    varlen_attention,
+)
 from minigen.kernels.checks import MAX_HEAD_DIM
+from minigen.kernels.rope_cache_write import fuses_rope
 from minigen.weights.checkpoint import Checkpoint, read_config
 
 # What each family's config class in transformers assumes for a key that config.json leaves out.
@@ -537,27 +544,52 @@ class Attention(nn.Module):
         H, K, D = config.num_heads, config.num_kv_heads, config.head_dim
         cu_seqlens = offsets_of(x_SjE)
         qkv = self.qkv_proj(x_SjE).values().unflatten(-1, (H + 2 * K, D))
-        q_THD, k_TKD, v_TKD = qkv.split((H, K, K), 1)
-        if config.qk_norm:
-            q_THD, k_TKD = self.q_norm(q_THD), self.k_norm(k_TKD)
-        if self.rotates:
-            q_THD = apply_rope(q_THD, cos_TR, sin_TR)
-            k_TKD = apply_rope(k_TKD, cos_TR, sin_TR)
         options = {
             "scale": config.attention_scale,
             "window_size": self.window_size,
             "softcap": config.attention_softcap,
         }
         if kv is None:
+            q_THD, k_TKD, v_TKD = self._rotated(qkv, cos_TR, sin_TR)
             out_THD, _ = varlen_attention(q_THD, k_TKD, v_TKD, cu_seqlens, cu_seqlens, **options)
         else:
-            caches = kv.k_cache_NBKD, kv.v_cache_NBKD
-            kv_cache_write(k_TKD, v_TKD, *caches, kv.slots_T)
+            q_THD = self._rotated_and_cached(qkv, cos_TR, sin_TR, kv)
             out_THD = paged_attention(
-                q_THD, *caches, cu_seqlens, kv.kv_lens_S, kv.block_table_SW, **options
-            )
+                q_THD, kv.k_cache_NBKD, kv.v_cache_NBKD, cu_seqlens, kv.kv_lens_S,
+                kv.block_table_SW, **options,
+            )  # fmt: skip
         out = jagged(out_THD.flatten(1), cu_seqlens)
         return self.o_proj(out)
+
+    def _rotated(
+        self, qkv_TXD: Tensor, cos_TR: Tensor, sin_TR: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Normed and rotated queries and keys, and the values; X = H + 2K heads."""
+        H, K = self.config.num_heads, self.config.num_kv_heads
+        q_THD, k_TKD, v_TKD = qkv_TXD.split((H, K, K), 1)
+        if self.config.qk_norm:
+            q_THD, k_TKD = self.q_norm(q_THD), self.k_norm(k_TKD)
+        if self.rotates:
+            q_THD = apply_rope(q_THD, cos_TR, sin_TR)
+            k_TKD = apply_rope(k_TKD, cos_TR, sin_TR)
+        return q_THD, k_TKD, v_TKD
+
+    def _rotated_and_cached(
+        self, qkv_TXD: Tensor, cos_TR: Tensor, sin_TR: Tensor, kv: LayerKV
+    ) -> Tensor:
+        """The same queries, with keys and values written into the cache."""
+        caches = kv.k_cache_NBKD, kv.v_cache_NBKD
+        if fuses_rope(qkv_TXD):
+            q_weight_D = k_weight_D = None
+            if self.config.qk_norm:
+                q_weight_D, k_weight_D = self.q_norm.weight, self.k_norm.weight
+            return rope_cache_write(
+                qkv_TXD, q_weight_D, k_weight_D, self.config.rms_norm_eps, cos_TR, sin_TR, None,
+                *caches, kv.slots_T, self.rotates,
+            )  # fmt: skip
+        q_THD, k_TKD, v_TKD = self._rotated(qkv_TXD, cos_TR, sin_TR)
+        kv_cache_write(k_TKD, v_TKD, *caches, kv.slots_T)
+        return q_THD
 
 
 class MLP(nn.Module):

@@ -26,6 +26,7 @@ class RopeCase:
     dtype: torch.dtype
     padding: int
     seed: int
+    has_positions: bool = True
 
 
 @st.composite
@@ -43,6 +44,7 @@ def rope_cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...], most_tokens: in
         dtype=draw(st.sampled_from(dtypes)),
         padding=draw(st.sampled_from([0, 0, 8, 3])),
         seed=draw(st.integers(0, 2**31)),
+        has_positions=draw(st.booleans()),
     )
 
 
@@ -55,7 +57,7 @@ class RopeProblem(NamedTuple):
     eps: float
     cos_PR: Tensor
     sin_PR: Tensor
-    positions_T: Tensor
+    positions_T: Tensor | None
     k_cache_NBKD: Tensor
     v_cache_NBKD: Tensor
     slots_T: Tensor
@@ -70,9 +72,9 @@ def make_rope_problem(case: RopeCase, device: str = "cpu") -> RopeProblem:
     rows = torch.randn(tokens, heads * dim + case.padding, generator=generator)
     rows *= torch.randint(1, 9, (tokens, 1), generator=generator)
     weights = 1 + torch.randn(2, dim, generator=generator)
-    num_rows = 3 * tokens + 5
+    num_rows = 3 * tokens + 5 if case.has_positions else tokens
     angle_PR = torch.rand(num_rows, case.rotary_dim // 2, generator=generator) * 6.28
-    positions_T = torch.randint(num_rows, (tokens,), generator=generator)
+    positions_T = torch.randint(max(num_rows, 1), (tokens,), generator=generator)
     shape = (tokens // 4 + 2, 4, case.num_kv_heads, dim)
     slots_T = torch.randperm(shape[0] * 4, generator=generator)[:tokens]
     slots_T[torch.rand(tokens, generator=generator) < 0.2] = -1
@@ -85,7 +87,7 @@ def make_rope_problem(case: RopeCase, device: str = "cpu") -> RopeProblem:
         # As longrope has it, the tables carry a scale.
         (1.2 * angle_PR.cos()).to(device),
         (1.2 * angle_PR.sin()).to(device),
-        positions_T.to(device),
+        positions_T.to(device) if case.has_positions else None,
         torch.full(shape, torch.nan, dtype=case.dtype, device=device),
         torch.full(shape, torch.nan, dtype=case.dtype, device=device),
         slots_T.to(device),
@@ -111,7 +113,8 @@ def rope_reference(case: RopeCase, problem: RopeProblem) -> RopeExpected:
     unit = torch.finfo(case.dtype).eps / 2 + 8 * torch.finfo(torch.float32).eps
     num_q, num_kv = case.num_q_heads, case.num_kv_heads
     for token in range(case.num_tokens):
-        position = int(problem.positions_T[token])
+        positions_T = problem.positions_T
+        position = token if positions_T is None else int(positions_T[token])
         cos_R, sin_R = (x[position].cpu().double() for x in (problem.cos_PR, problem.sin_PR))
         for head in range(num_q + num_kv):
             x_D, error_D = qkv[token, head], torch.zeros(case.head_dim, dtype=torch.float64)

@@ -248,6 +248,18 @@ def test_a_captured_step_keeps_its_own_draw(monkeypatch) -> None:
         assert len(written) == 1 + len(steps)  # and the prompt's, which is no decode step
 
 
+@pytest.mark.parametrize("long_rope", [False, True])
+def test_the_fused_operator_changes_nothing(long_rope: bool, monkeypatch) -> None:
+    """Norms, rope and cache write in one operator, as on a GPU."""
+    many = [list(range(1, 1 + n)) for n in (1, 9, 17, 23)]
+    params = [SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)] * len(many)
+    expected = run(engine(long_rope=long_rope), many, params)
+    asked = []
+    monkeypatch.setattr("minigen.model.fuses_rope", lambda qkv_TXD: asked.append(qkv_TXD) or True)
+    assert run(engine(long_rope=long_rope), many, params) == expected
+    assert asked
+
+
 class FakeStream:
     def __init__(self, device: object = None) -> None:
         pass

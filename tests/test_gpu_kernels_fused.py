@@ -88,6 +88,7 @@ def test_rope_cache_write_ends_at_the_edges_of_tables_and_cache() -> None:
     expected_THD = rope_cache_write_triton(*problem)
     caches = unwritten(problem)
     problem = problem._replace(**caches)
+    assert problem.positions_T is not None
     problem.positions_T[1], problem.positions_T[3] = -1, num_rows
     problem.slots_T[:] = torch.tensor([0, -2, num_slots, num_slots - 1, 2**40])
     q_THD = rope_cache_write_triton(*problem)

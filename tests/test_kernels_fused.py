@@ -50,7 +50,9 @@ def test_rope_cache_write_equals_the_models_own_operations(case: RopeCase) -> No
             norm = RMSNorm(case.head_dim, problem.eps, 0.0)
             norm.weight = torch.nn.Parameter(weight_D, requires_grad=False)
             x_THD = norm(x_THD)
-        tables = problem.cos_PR[problem.positions_T], problem.sin_PR[problem.positions_T]
+        tables = problem.cos_PR, problem.sin_PR
+        if problem.positions_T is not None:
+            tables = tuple(table[problem.positions_T] for table in tables)
         return apply_rope(x_THD, *tables) if case.rotates else x_THD
 
     caches = [torch.full_like(problem.k_cache_NBKD, torch.nan) for _ in "kv"]
@@ -73,11 +75,13 @@ def test_rope_cache_write_passes_opcheck() -> None:
 
 def test_rope_cache_write_compiles_for_any_number_of_tokens() -> None:
     problem = make_rope_problem(ROPE_CASE)
+    positions_T = problem.positions_T
+    assert positions_T is not None
     compiled = torch.compile(rope_cache_write, fullgraph=True, backend="aot_eager", dynamic=True)
     for tokens in (5, 3):
         part = problem._replace(
             qkv_TXD=problem.qkv_TXD[:tokens],
-            positions_T=problem.positions_T[:tokens],
+            positions_T=positions_T[:tokens],
             slots_T=problem.slots_T[:tokens],
         )
         assert torch.equal(compiled(*part), rope_cache_write(*part))
@@ -98,6 +102,7 @@ def test_rope_cache_write_compiles_for_any_number_of_tokens() -> None:
         ({"cos_PR": torch.ones(12, 20).T}, "cos must be contiguous"),
         ({"positions_T": torch.zeros(4, dtype=torch.int64)}, "positions must have one entry"),
         ({"positions_T": torch.full((5,), 20)}, "positions must be from 0 to 19"),
+        ({"positions_T": None}, "without positions cos and sin must have one row for each of 5"),
         ({"slots_T": torch.zeros(5, dtype=torch.int32)}, "slots must be torch.int64"),
         ({"slots_T": torch.full((5,), 12)}, "slots must be from 0 to 11"),
     ],

@@ -107,13 +107,13 @@ def profile_steps(
         synchronize(device)
 
     begin()
-    spans, launch_before = [], llm.engine.stats.launch_seconds
+    spans, launched = [], []
     for _ in range(STEPS):
-        start = time.perf_counter()
+        start, before = time.perf_counter(), llm.engine.stats.launch_seconds
         llm.engine.step()
         spans.append(time.perf_counter() - start)
+        launched.append(llm.engine.stats.launch_seconds - before)
     synchronize(device)
-    launched = (llm.engine.stats.launch_seconds - launch_before) / STEPS
     end()
     begin()
     kernels = kernels_of(steps, STEPS)
@@ -123,7 +123,7 @@ def profile_steps(
     end()
     return {
         "step_us": round(1e6 * median(spans), 1),
-        "launch_us": round(1e6 * launched, 1),
+        "launch_us": round(1e6 * median(launched), 1),
         "device_us": round(sum(row["us"] for row in kernels), 1),
         "num_kernels": round(sum(row["count"] for row in kernels)),
         "kernels": kernels,
