@@ -1,9 +1,17 @@
 """minigen's operations on the flat batch: `torch.library` operations with CPU and GPU kernels."""
 
+from minigen.kernels.few_rows_linear import few_rows_linear
 from minigen.kernels.kv_cache_write import kv_cache_write
 from minigen.kernels.linear import linear
 from minigen.kernels.paged_attention import paged_attention
 from minigen.kernels.rope_cache_write import rope_cache_write
 from minigen.kernels.varlen_attention import varlen_attention
 
-__all__ = ["kv_cache_write", "linear", "paged_attention", "rope_cache_write", "varlen_attention"]
+__all__ = [
+    "few_rows_linear",
+    "kv_cache_write",
+    "linear",
+    "paged_attention",
+    "rope_cache_write",
+    "varlen_attention",
+]

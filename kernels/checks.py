@@ -250,6 +250,47 @@ def check_rope_cache_write(
     )
 
 
+def check_few_rows_linear(
+    x_TE: Tensor,
+    weight_GE: Tensor,
+    bias_G: Tensor | None,
+    residual_TF: Tensor | None,
+    norm_weight_E: Tensor | None,
+    activation: str,
+) -> None:
+    """Raises ValueError unless shapes, dtypes, devices and the activation fit each other."""
+    _require(x_TE, "x", 2, _float_dtypes(x_TE.device))
+    _require(weight_GE, "weight", 2, (x_TE.dtype,))
+    if activation not in ("", "silu", "gelu_tanh"):
+        raise ValueError(f"activation must be '', 'silu' or 'gelu_tanh', got {activation!r}")
+    num_rows, num_inputs = weight_GE.shape
+    if num_inputs != x_TE.shape[1] or num_inputs < 1 or not weight_GE.is_contiguous():
+        raise ValueError(
+            f"weight must be contiguous with one column for each of {x_TE.shape[1]} columns of x, "
+            f"at least one, got shape {tuple(weight_GE.shape)} and strides {weight_GE.stride()}"
+        )
+    if activation and num_rows % 2:
+        raise ValueError(
+            f"weight must have as many rows for the gate as for what it multiplies, got {num_rows}"
+        )
+    num_outputs = num_rows // 2 if activation else num_rows
+    for name, tensor, shape in (
+        ("bias", bias_G, (num_rows,)),
+        ("residual", residual_TF, (x_TE.shape[0], num_outputs)),
+        ("norm_weight", norm_weight_E, (num_inputs,)),
+    ):
+        if tensor is None:
+            continue
+        _require(tensor, name, len(shape), (x_TE.dtype,))
+        if tuple(tensor.shape) != shape or (tensor.ndim == 1 and not tensor.is_contiguous()):
+            raise ValueError(
+                f"{name} must have shape {shape} and, a vector, be contiguous, "
+                f"got {tuple(tensor.shape)}"
+            )
+        _require_same_device(x_TE.device, **{name: tensor})
+    _require_same_device(x_TE.device, weight=weight_GE)
+
+
 def _check_caches(k_cache_NBKD: Tensor, v_cache_NBKD: Tensor, dtype: torch.dtype) -> None:
     _require(k_cache_NBKD, "k_cache", 4, (dtype,))
     _require(v_cache_NBKD, "v_cache", 4, (dtype,))

@@ -141,3 +141,102 @@ def rope_reference(case: RopeCase, problem: RopeProblem) -> RopeExpected:
             k_error[slot // 4, slot % 4] = error[token, num_q : num_q + num_kv]
             v_cache[slot // 4, slot % 4] = out[token, num_q + num_kv :]
     return RopeExpected(out[:, :num_q], error[:, :num_q], k_cache, k_error, v_cache)
+
+
+@dataclass(frozen=True)
+class LinearCase:
+    """One call of few_rows_linear. `padding` elements lie between the rows of x and residual."""
+
+    num_rows: int
+    num_inputs: int
+    num_outputs: int
+    has_bias: bool
+    has_residual: bool
+    has_norm: bool
+    norm_offset: float
+    activation: str
+    dtype: torch.dtype
+    padding: int
+    seed: int
+
+
+@st.composite
+def linear_cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...], most: int) -> LinearCase:
+    sizes = [size for size in (1, 2, 31, 32, 33, 127, 128, 129, 1024, 3072) if size <= most]
+    return LinearCase(
+        num_rows=draw(st.integers(0, 8)),
+        num_inputs=draw(st.sampled_from(sizes) | st.integers(1, most)),
+        num_outputs=draw(st.sampled_from([1, 3, 4, 5, 16]) | st.integers(1, 40)),
+        has_bias=draw(st.booleans()),
+        has_residual=draw(st.booleans()),
+        has_norm=draw(st.booleans()),
+        norm_offset=draw(st.sampled_from([0.0, 1.0])),
+        activation=draw(st.sampled_from(["", "silu", "gelu_tanh"])),
+        dtype=draw(st.sampled_from(dtypes)),
+        padding=draw(st.sampled_from([0, 0, 8, 3])),
+        seed=draw(st.integers(0, 2**31)),
+    )
+
+
+class LinearProblem(NamedTuple):
+    """The operation's arguments in its order, up to `activation`."""
+
+    x_TE: Tensor
+    weight_GE: Tensor
+    bias_G: Tensor | None
+    residual_TF: Tensor | None
+    norm_weight_E: Tensor | None
+    eps: float
+    norm_offset: float
+    activation: str
+
+
+def make_linear_problem(case: LinearCase, device: str = "cpu") -> LinearProblem:
+    generator = torch.Generator().manual_seed(case.seed)
+    rows, inputs, outputs = case.num_rows, case.num_inputs, case.num_outputs
+    weight_rows = outputs * (2 if case.activation else 1)
+
+    def normal(*shape: int, scale: float = 1.0, padding: int = 0) -> Tensor:
+        x = scale * torch.randn(*shape[:-1], shape[-1] + padding, generator=generator)
+        return x.to(device, case.dtype)[..., : shape[-1]]
+
+    bias_G, norm_weight_E = normal(weight_rows), normal(inputs)
+    residual_TF = normal(rows, outputs, padding=case.padding)
+    x_TE = normal(rows, inputs, padding=case.padding)
+    # Rows of different sizes, so that a norm over the wrong one shows.
+    x_TE *= torch.arange(1, rows + 1, device=device)[:, None] / 4
+    return LinearProblem(
+        x_TE,
+        normal(weight_rows, inputs, scale=inputs**-0.5),
+        bias_G if case.has_bias else None,
+        residual_TF if case.has_residual else None,
+        norm_weight_E if case.has_norm else None,
+        1e-5,
+        case.norm_offset,
+        case.activation,
+    )
+
+
+def linear_reference(case: LinearCase, problem: LinearProblem) -> tuple[Tensor, Tensor]:
+    """The answer in float64, and how far float32 and one rounding to the dtype may be from it."""
+    wide_eps = torch.finfo(torch.float32).eps
+    x_TE, weight_GE = problem.x_TE.cpu().double(), problem.weight_GE.cpu().double()
+    if problem.norm_weight_E is not None:
+        g_E = problem.norm_weight_E.cpu().double() + case.norm_offset
+        x_TE = x_TE / (x_TE.pow(2).mean(-1, keepdim=True) + problem.eps).sqrt() * g_E
+    out = x_TE @ weight_GE.T
+    # A lane adds up a 32nd of a row's products, one after the other, then come a few sums of lanes.
+    error = (case.num_inputs / 32 + 16) * wide_eps * (x_TE.abs() @ weight_GE.abs().T)
+    if problem.bias_G is not None:
+        out = out + problem.bias_G.cpu().double()
+    if case.activation:
+        (gate, up), (gate_error, up_error) = out.chunk(2, -1), error.chunk(2, -1)
+        is_silu = case.activation == "silu"
+        functional = torch.nn.functional
+        active = functional.silu(gate) if is_silu else functional.gelu(gate, approximate="tanh")
+        # Neither activation is steeper than 1.13. Theirs is an exponential of the argument's cube.
+        active_error = 1.13 * gate_error + wide_eps * (8 + gate.abs() ** 3) * active.abs()
+        out, error = active * up, active_error * up.abs() + active.abs() * up_error
+    if problem.residual_TF is not None:
+        out = out + problem.residual_TF.cpu().double()
+    return out, error + (torch.finfo(case.dtype).eps / 2 + 4 * wide_eps) * (out.abs() + error)

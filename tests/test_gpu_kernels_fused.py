@@ -10,15 +10,27 @@ import os
 import pytest
 import torch
 from hypothesis import example, given
+from hypothesis import strategies as st
 from torch import Tensor
 
 pytest.importorskip("triton")
 
+from minigen.kernels.few_rows_linear import (
+    MAX_INPUTS,
+    LinearTile,
+    choose_linear_tile,
+    few_rows_linear_triton,
+)
 from minigen.kernels.rope_cache_write import rope_cache_write_triton
+from minigen.kernels.tiles import power_of_two
 from tests.attention_cases import assert_within
 from tests.fused_cases import (
+    LinearCase,
     RopeCase,
     RopeProblem,
+    linear_cases,
+    linear_reference,
+    make_linear_problem,
     make_rope_problem,
     rope_cases,
     rope_reference,
@@ -49,6 +61,19 @@ ROPE_CASE = RopeCase(
     rotates=True,
     dtype=torch.float16,
     padding=0,
+    seed=0,
+)
+LINEAR_CASE = LinearCase(
+    num_rows=3,
+    num_inputs=200,
+    num_outputs=9,
+    has_bias=True,
+    has_residual=True,
+    has_norm=True,
+    norm_offset=0.0,
+    activation="silu",
+    dtype=torch.float16,
+    padding=8,
     seed=0,
 )
 
@@ -117,6 +142,42 @@ def test_rope_cache_write_beyond_32_bit_indexes() -> None:
     assert torch.equal(v_cache[-1, -1], qkv[0, 16:])
 
 
+@example(
+    dataclasses.replace(LINEAR_CASE, activation="gelu_tanh", norm_offset=1.0, dtype=torch.float32)
+)
+@example(dataclasses.replace(LINEAR_CASE, activation=""))
+@example(LINEAR_CASE)
+@given(linear_cases(DTYPES, 300 if INTERPRETED else 4000))
+def test_few_rows_linear_equals_definition(case: LinearCase) -> None:
+    problem = make_linear_problem(case, DEVICE)
+    assert_within(few_rows_linear_triton(*problem), *linear_reference(case, problem))
+
+
+@pytest.mark.parametrize("tile", [LinearTile(1, 1), LinearTile(2, 4), LinearTile(16, 1)])
+def test_few_rows_linear_with_any_tile(tile: LinearTile) -> None:
+    problem = make_linear_problem(LINEAR_CASE, DEVICE)
+    out_TF = few_rows_linear_triton(*problem, tile=tile)
+    assert_within(out_TF, *linear_reference(LINEAR_CASE, problem))
+
+
+@given(st.integers(1, 300_000), st.integers(1, MAX_INPUTS), st.booleans())
+def test_linear_tiles_fit_registers(
+    num_outputs: int, num_inputs: int, has_activation: bool
+) -> None:
+    tile = choose_linear_tile(num_outputs, num_inputs, has_activation)
+    weights = tile.block_f * power_of_two(num_inputs) * (2 if has_activation else 1)
+    assert weights // (32 * tile.num_warps) <= 128
+    assert tile.block_f == power_of_two(tile.block_f)
+    assert tile.num_warps in (1, 2, 4, 8)
+
+
+def test_few_rows_linear_refuses_many_rows_and_wide_ones() -> None:
+    for shape in ((9, 32), (1, MAX_INPUTS + 1)):
+        x_TE = torch.ones(shape, device=DEVICE)
+        with pytest.raises(ValueError, match=r"at most 8 rows of at most 16384 .*: use linear"):
+            few_rows_linear_triton(x_TE, torch.ones(1, shape[1], device=DEVICE))
+
+
 # What only a GPU shows. The run in the interpreter leaves these out by name.
 
 
@@ -145,3 +206,36 @@ def test_registered_rope_cache_write_starts_early_with_the_same_result() -> None
         qkv_TXD = (x @ weight).view(problem.qkv_TXD.shape)
         early_THD = rope_cache_write_triton(*problem._replace(qkv_TXD=qkv_TXD), pdl=True)
         assert torch.equal(early_THD, rope_cache_write_triton(*problem._replace(qkv_TXD=qkv_TXD)))
+
+
+def test_registered_few_rows_linear_passes_opcheck() -> None:
+    problem = make_linear_problem(LINEAR_CASE, DEVICE)
+    torch.library.opcheck(torch.ops.minigen.few_rows_linear.default, (*problem, False))
+
+
+def test_registered_few_rows_linear_starts_early_with_the_same_result() -> None:
+    """A chain in which each kernel reads what the one before wrote, captured as a step is."""
+    if not has_dependent_launch():
+        pytest.skip("needs a GPU with programmatic dependent launch (sm_90)")
+    x_TE = torch.randn(2, 1024, device=DEVICE).half()
+    wide = [torch.randn(3072, 1024, device=DEVICE).half() / 32 for _ in range(6)]
+    narrow = [torch.randn(1024, 1536, device=DEVICE).half() / 32 for _ in range(6)]
+    norm_weight_E = torch.ones(1024, device=DEVICE).half()
+
+    def chain(pdl: bool) -> Tensor:
+        y_TE = x_TE + 0
+        for up, down in zip(wide, narrow, strict=True):
+            norm = norm_weight_E, 1e-6, 0.0
+            hidden = few_rows_linear_triton(y_TE, up, None, None, *norm, "silu", pdl=pdl)
+            y_TE = few_rows_linear_triton(hidden, down, None, y_TE, pdl=pdl)
+        return y_TE
+
+    chain(True)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured_TE = chain(True)
+    for _ in range(20):
+        x_TE.normal_()
+        graph.replay()
+        assert torch.equal(captured_TE, chain(False))

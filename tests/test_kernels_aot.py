@@ -14,6 +14,7 @@ from triton.backends.compiler import GPUTarget
 
 from minigen.kernels.checks import Window
 from minigen.kernels.dependent_launch import launch_options
+from minigen.kernels.few_rows_linear import choose_linear_tile, few_rows_linear_kernel
 from minigen.kernels.kv_cache_write import kv_cache_write_kernel
 from minigen.kernels.paged_attention import merge_splits_kernel, paged_attention_kernel
 from minigen.kernels.rope_cache_write import rope_cache_write_kernel, rope_constants
@@ -257,3 +258,33 @@ def test_rope_cache_write(
             # So that 20 programs of two warps and more fit a multiprocessor.
             assert (compiled.registers or 0) <= 48
             assert (compiled.stack_bytes or 0) == 0
+
+
+@by_target
+@pytest.mark.parametrize(
+    ("num_outputs", "num_inputs", "activation"),
+    [(4096, 1024, ""), (1024, 3072, ""), (3072, 1024, "silu"), (4096, 14336, ""), (100, 80, "")],
+)
+def test_few_rows_linear(
+    target_name: str, num_outputs: int, num_inputs: int, activation: str
+) -> None:
+    tile = choose_linear_tile(num_outputs, num_inputs, activation != "")
+    for num_rows in (2, 8):
+        constants = {
+            "NUM_ROWS": num_rows,
+            "NUM_INPUTS": num_inputs,
+            "NUM_OUTPUTS": num_outputs,
+            "BLOCK_F": tile.block_f,
+            "BLOCK_E": power_of_two(num_inputs),
+            "HAS_BIAS": num_inputs == 80,
+            "HAS_RESIDUAL": num_outputs < 4096,
+            "HAS_NORM": num_inputs == 1024,
+            "ACTIVATION": activation,
+            "num_warps": tile.num_warps,
+            **launch_options(target_name in ("sm_90", "sm_100")),
+        }
+        compiled = check(few_rows_linear_kernel, target_name, constants, "bf16", aligned=True)
+        if target_name == "sm_90":
+            assert (compiled.stack_bytes or 0) == 0
+            # A warp of more would leave fewer than eight on a multiprocessor.
+            assert (compiled.registers or 0) <= 224

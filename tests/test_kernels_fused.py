@@ -11,16 +11,27 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
 from hypothesis import given
 from torch import Tensor
 
-from minigen.kernels import kv_cache_write, rope_cache_write
+from minigen.kernels import few_rows_linear, kv_cache_write, linear, rope_cache_write
 from minigen.model import RMSNorm, apply_rope
 from tests.attention_cases import assert_within
-from tests.fused_cases import RopeCase, make_rope_problem, rope_cases, rope_reference
+from tests.fused_cases import (
+    LinearCase,
+    RopeCase,
+    linear_cases,
+    linear_reference,
+    make_linear_problem,
+    make_rope_problem,
+    rope_cases,
+    rope_reference,
+)
 
 CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ROPE_CASE = RopeCase(5, 6, 3, 40, 24, True, True, torch.float32, 0, 0)
+LINEAR_CASE = LinearCase(3, 200, 9, True, True, True, 0.0, "silu", torch.float32, 0, 0)
 
 
 @given(rope_cases(CPU_DTYPES, 9))
@@ -113,6 +124,62 @@ def test_rope_cache_write_refuses(change: dict[str, Any], message: str) -> None:
         problem = problem._replace(cos_PR=torch.ones(20, 12))
     with pytest.raises(ValueError, match=message):
         rope_cache_write(*problem._replace(**change))
+
+
+@given(linear_cases(CPU_DTYPES, 300))
+def test_few_rows_linear_equals_the_models_own_operations(case: LinearCase) -> None:
+    """To the last bit: on the CPU it is the same composition."""
+    problem = make_linear_problem(case)
+    x_TE = problem.x_TE
+    if problem.norm_weight_E is not None:
+        norm = RMSNorm(case.num_inputs, problem.eps, case.norm_offset)
+        norm.weight = torch.nn.Parameter(problem.norm_weight_E, requires_grad=False)
+        x_TE = norm(x_TE)
+    expected_TF = linear(x_TE, problem.weight_GE, problem.bias_G)
+    if case.activation:
+        gate, up = expected_TF.chunk(2, -1)
+        silu = case.activation == "silu"
+        expected_TF = (F.silu(gate) if silu else F.gelu(gate, approximate="tanh")) * up
+    if problem.residual_TF is not None:
+        expected_TF = problem.residual_TF + expected_TF
+    assert torch.equal(few_rows_linear(*problem), expected_TF)
+
+
+@given(linear_cases((torch.float32,), 300))
+def test_few_rows_linear_equals_definition(case: LinearCase) -> None:
+    problem = make_linear_problem(case)
+    expected_TF, error_TF = linear_reference(case, problem)
+    assert_within(few_rows_linear(*problem), expected_TF, 2 * error_TF)
+
+
+def test_few_rows_linear_passes_opcheck_and_compiles() -> None:
+    problem = make_linear_problem(LINEAR_CASE)
+    for change in ({}, {"bias_G": None, "residual_TF": None, "norm_weight_E": None}):
+        arguments = problem._replace(**change)
+        torch.library.opcheck(torch.ops.minigen.few_rows_linear.default, (*arguments, False))
+        compiled = torch.compile(few_rows_linear, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(*arguments), few_rows_linear(*arguments))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x_TE": torch.ones(200)}, "x must have 2 dimensions"),
+        ({"x_TE": torch.ones(3, 100)}, "one column for each of 100 columns of x"),
+        ({"x_TE": torch.ones(3, 200).half()}, "weight must be torch.float16"),
+        ({"weight_GE": torch.ones(200, 18).T}, "weight must be contiguous"),
+        ({"weight_GE": torch.ones(17, 200)}, "as many rows for the gate"),
+        ({"bias_G": torch.ones(9)}, r"bias must have shape \(18,\)"),
+        ({"residual_TF": torch.ones(3, 18)}, r"residual must have shape \(3, 9\)"),
+        ({"norm_weight_E": torch.ones(400)[::2]}, "norm_weight must .* be contiguous"),
+        ({"norm_weight_E": torch.ones(200).half()}, "norm_weight must be torch.float32"),
+        ({"activation": "relu"}, "activation must be '', 'silu' or 'gelu_tanh', got 'relu'"),
+    ],
+)
+def test_few_rows_linear_refuses(change: dict[str, Any], message: str) -> None:
+    problem = make_linear_problem(LINEAR_CASE)
+    with pytest.raises(ValueError, match=message):
+        few_rows_linear(*problem._replace(**change))
 
 
 def test_triton_kernels_in_the_interpreter() -> None:

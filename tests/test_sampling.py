@@ -335,6 +335,29 @@ def test_sums_before_each_entry(size):
     torch.testing.assert_close(sampling._sum_before(x_RC), expected, rtol=1e-12, atol=0)
 
 
+def rows_with_ties(size: int) -> Tensor:
+    """Few distinct numbers; a row of -inf alone, one of NaN alone, one with some NaN."""
+    generator = torch.Generator().manual_seed(size)
+    x_RV = torch.randint(-3, 2, (7, size), generator=generator).float()
+    x_RV[0], x_RV[1] = -math.inf, math.nan
+    x_RV[2, torch.rand(size, generator=generator) < 0.01] = math.nan
+    x_RV[3, -1] = x_RV[4, size // 2 :] = 5.0
+    return x_RV
+
+
+def lowest_of_largest(x_RV: Tensor) -> list[int]:
+    rows = [[math.inf if math.isnan(x) else x for x in row] for row in x_RV.tolist()]
+    return [row.index(max(row)) for row in rows]
+
+
+@pytest.mark.parametrize("size", [1, 2, 1000, 1023, 1024, 1025, 2048, 5000])
+def test_argmax_in_two_levels_is_the_lowest_of_the_largest(size):
+    x_RV = rows_with_ties(size)
+    for dtype in (torch.float32, torch.float64):
+        found_R = sampling._argmax_of_runs(x_RV.to(dtype))
+        assert found_R.tolist() == lowest_of_largest(x_RV) == x_RV.argmax(-1).tolist()
+
+
 # --- how often -----------------------------------------------------------------------------------
 
 
@@ -628,6 +651,20 @@ def test_gpu_draws_what_the_cpu_draws(mode, changes):
     expected = draw(logits_RV, *tensors, mode=mode)
     logits_RV, tensors = batch(64, changes, 50_257, gpu)
     assert torch.equal(draw(logits_RV, *tensors, mode=mode).cpu(), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("size", [1000, 1025, 151_936])
+def test_gpu_takes_the_lowest_of_the_largest(size):
+    x_RV = rows_with_ties(size)
+    rows = [make_row(SamplingParams(temperature=0.0)) for _ in x_RV]
+    tensors = SamplingTensors.from_rows(rows, size, torch.device("cuda"))
+    for function in (draw, torch.compile(draw, fullgraph=True)):
+        drawn_R = function(x_RV.cuda(), *tensors.tensors(), mode="greedy").tolist()
+        assert drawn_R[0] == 0
+        assert 0 <= min(drawn_R[1:3]) <= max(drawn_R[1:3]) < size  # rows with NaN
+        assert drawn_R[3:] == lowest_of_largest(x_RV)[3:]
 
 
 @pytest.mark.gpu
