@@ -58,6 +58,7 @@ class _Request:
     metrics: RequestMetrics
     prompt_logprobs: list[dict[int, Logprob] | None] | None
     samples: list[_Sample] = field(default_factory=list)
+    outputs: list[CompletionOutput] = field(default_factory=list)  # those of the samples
     num_unfinished: int = 0  # of its samples
 
     @property
@@ -67,7 +68,7 @@ class _Request:
     def snapshot(self) -> RequestOutput:
         return RequestOutput(
             self.request_id, self.prompt, self.prompt_ids, self.prompt_logprobs,
-            [sample.output for sample in self.samples], self.finished, self.metrics,
+            list(self.outputs), self.num_unfinished == 0, self.metrics,
         )  # fmt: skip
 
 
@@ -189,6 +190,7 @@ class Engine:
             row = Row(params, request.seed, index, len(ids), ids, output.token_ids, ends)
             sample = _Sample(request, sequence, text, output, row)
             request.samples.append(sample)
+            request.outputs.append(output)
             self._sample_of[sequence] = sample
             if params.has_penalties:
                 self._penalised.add(sequence)
@@ -230,10 +232,13 @@ class Engine:
         self._sample_of.pop(sample.sequence, None)
         self._penalised.discard(sample.sequence)
 
-    def step(self, only: Collection[str] | None = None) -> list[RequestOutput]:
+    def step(
+        self, only: Collection[str] | None = None, only_finished: bool = False
+    ) -> list[RequestOutput]:
         """Runs one step -> the state of every request that got a token since it was last told.
 
         `only`: the ids that the caller wants to hear of; the others are told at a later step.
+        `only_finished`: the same of requests that go on.
         """
         previous, self._in_flight = self._in_flight, None
         try:
@@ -253,15 +258,18 @@ class Engine:
             self._in_flight = None
             self.scheduler.reset()
             raise
-        outputs = []
-        for request_id in list(self._touched):
-            if only is None or request_id in only:
-                request = self._touched.pop(request_id)
-                outputs.append(request.snapshot())
-                if request.finished and self._requests.pop(request_id, None):
-                    for sample in request.samples:
-                        self._forget(sample)
-        return outputs
+        told = [
+            request
+            for request_id, request in self._touched.items()
+            if (only is None or request_id in only)
+            and not (only_finished and request.num_unfinished)
+        ]
+        for request in told:
+            del self._touched[request.request_id]
+            if request.finished and self._requests.pop(request.request_id, None):
+                for sample in request.samples:
+                    self._forget(sample)
+        return [request.snapshot() for request in told]
 
     def _host_decides(self) -> bool:
         """Whether the next draw needs output tokens that the host has not read yet."""

@@ -319,11 +319,10 @@ class LLM:
             waiting = set(ids)
             with tqdm(total=len(ids), desc="Requests", disable=not progress, delay=2) as bar:
                 while waiting:
-                    for output in self.engine.step(only=waiting):
-                        if output.finished:
-                            waiting.remove(output.request_id)
-                            done[output.request_id] = output
-                            bar.update()
+                    for output in self.engine.step(only=waiting, only_finished=True):
+                        waiting.remove(output.request_id)
+                        done[output.request_id] = output
+                        bar.update()
         except BaseException:
             self._drop(ids)
             raise

@@ -129,25 +129,17 @@ class StepWriter:
 
     def write(self, arrays: dict[str, np.ndarray], chunks: Sequence[Chunk], size: StepSize) -> None:
         """Writes the chunks into `size.arrays` of a buffer; what they leave over becomes null."""
+        sequences, starts, lengths, samples = zip(*chunks, strict=True) if chunks else ((),) * 4
         num_seqs = len(chunks)
-        known, starts, lengths, rows = [], [], [], []
-        for sequence, start, length, _ in chunks:
-            had = sequence.tokens[start : start + length]
-            known += had
-            if len(had) < length:
-                known += [-1] * (length - len(had))  # pending: still on the device
-            starts.append(start)
-            lengths.append(length)
-            row = sequence.row
-            rows.append(row)
+        lines = [sequence.row for sequence in sequences]
+        for row, sequence in zip(lines, sequences, strict=True):
             blocks = sequence.blocks
             if self._lists[row] is not blocks or self._counts[row] != len(blocks):
                 self._copy_blocks(row, blocks)
-        num_tokens = len(known)
-        starts, lengths = np.array(starts, np.int64), np.array(lengths, np.int64)
-        rows = np.array(rows, np.int64)
-        ends = lengths.cumsum()
-        begins = ends - lengths
+        rows = np.array(lines, np.int64)
+        starts_S, lengths_S = np.array(starts, np.int64), np.array(lengths, np.int64)
+        ends = lengths_S.cumsum()
+        begins, num_tokens = ends - lengths_S, sum(lengths)
 
         offsets = arrays["cu_seqlens_S1"]
         offsets[0] = 0
@@ -156,32 +148,36 @@ class StepWriter:
         null_ends = np.arange(num_tokens + 1, num_tokens + 1 + size.num_seqs - num_seqs)
         offsets[num_seqs + 1 :] = np.minimum(null_ends, size.num_tokens)
         offsets[-1] = size.num_tokens
-        arrays["kv_lens_S"][:num_seqs] = starts + lengths
+        arrays["kv_lens_S"][:num_seqs] = starts_S + lengths_S
         arrays["kv_lens_S"][num_seqs:] = 0
         table, width = arrays["block_table_SW"], min(size.width, self._table_MW.shape[1])
         table[:num_seqs, :width] = self._table_MW[rows, :width]
         table[:num_seqs, width:] = 0
         table[num_seqs:] = 0
 
-        which = (
-            np.arange(num_seqs) if num_tokens == num_seqs else np.arange(num_seqs).repeat(lengths)
-        )
-        positions = np.arange(num_tokens) + (starts - begins)[which]
+        which = np.arange(num_seqs).repeat(lengths_S)
+        positions = np.arange(num_tokens) + (starts_S - begins)[which]
+        num_known = [len(sequence.tokens) for sequence in sequences]
+        known: list[int] = []
+        for sequence, start, length, num in zip(sequences, starts, lengths, num_known, strict=True):
+            if start < num:
+                known += sequence.tokens[start : start + length]
+        tokens = np.full(num_tokens, -1)  # pending: still on the device
+        tokens[positions < np.array(num_known, np.int64)[which]] = known
         token_rows = rows[which]
         block, offset = np.divmod(positions, self._block_size)
         slots = self._table_MW[token_rows, block].astype(np.int64) * self._block_size + offset
-        if any(chunk.sequence.long_rope for chunk in chunks):
-            long = np.array([chunk.sequence.long_rope for chunk in chunks])
-            positions += self._long_rope_row * long[which]
-        samples = np.array([chunk.samples for chunk in chunks], bool)
-        last = ends[samples] - 1
+        has_long = [sequence.long_rope for sequence in sequences]
+        if any(has_long):
+            positions += self._long_rope_row * np.array(has_long)[which]
+        is_sampled = np.array(samples, bool)
         for name, values, null in (
-            ("tokens_T", known, 0),
+            ("tokens_T", tokens, 0),
             ("token_rows_T", token_rows, self._spare_row),
             ("positions_T", positions, 0),
             ("slots_T", slots, -1),
-            ("last_R", last, 0),
-            ("rows_R", rows[samples], self._spare_row),
+            ("last_R", (ends - 1)[is_sampled], 0),
+            ("rows_R", rows[is_sampled], self._spare_row),
         ):
             array = arrays[name]
             array[: len(values)] = values
