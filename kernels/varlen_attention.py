@@ -21,14 +21,13 @@ from minigen.kernels.cpu import attend_sequence
 from minigen.kernels.tiles import (
     Tile,
     choose_tile,
-    count_edge_tiles,
-    edge_tile,
     find_queries,
     key_range,
     load_keys,
     on_device_of,
     positive_scale,
     score_arguments,
+    scores,
     shared_bytes_of,
     softmax_finish,
     softmax_step,
@@ -344,19 +343,8 @@ def varlen_attention_kernel(
         first, last, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT, BLOCK_N
     )
     whole_low, whole_high = whole_tiles(
-        first,
-        last,
-        low,
-        high,
-        num_keys,
-        window_left,
-        window_right,
-        HAS_LEFT,
-        HAS_RIGHT,
-        BLOCK_N,
-        MASK_ALL,
+        first, last, low, high, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT, BLOCK_N
     )
-    before, num_edge_tiles = count_edge_tiles(low, high, whole_low, whole_high, BLOCK_N)
 
     # Offsets within a tile are hoisted, and fit 32 bits (MAX_TOKEN_STRIDE); the tile's first row
     # moves, in 64.
@@ -369,49 +357,30 @@ def varlen_attention_kernel(
     acc_MD = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     max_M = tl.full([BLOCK_M], float("-inf"), tl.float32)
     sum_M = tl.zeros([BLOCK_M], tl.float32)
-    if not MASK_ALL:
-        for start in range(whole_low, whole_high, BLOCK_N):
-            row = tl.cast(start, tl.int64)
-            key_N = start + tile_N
-            k_ND = load_keys(
-                k_ptr + row * k_stride_t + k_offset_ND,
-                key_N,
-                num_keys,
-                dim_D,
-                HEAD_DIM,
-                BLOCK_D,
-                False,
-            )
-            v_ND = load_keys(
-                v_ptr + row * v_stride_t + v_offset_ND,
-                key_N,
-                num_keys,
-                dim_D,
-                HEAD_DIM,
-                BLOCK_D,
-                False,
-            )
-            acc_MD, max_M, sum_M = softmax_step(
-                acc_MD, max_M, sum_M, q_MD, k_ND, v_ND, None,
-                score_scale, cap_scale, HAS_SOFTCAP, False,
-            )  # fmt: skip
-    for index in range(num_edge_tiles):
-        start = edge_tile(index, before, low, whole_high, BLOCK_N)
+    for start in range(low, high, BLOCK_N):
         row = tl.cast(start, tl.int64)
         key_N = start + tile_N
         k_ND = load_keys(
-            k_ptr + row * k_stride_t + k_offset_ND, key_N, num_keys, dim_D, HEAD_DIM, BLOCK_D, True
+            k_ptr + row * k_stride_t + k_offset_ND, key_N, num_keys, dim_D, HEAD_DIM, BLOCK_D
         )
         v_ND = load_keys(
-            v_ptr + row * v_stride_t + v_offset_ND, key_N, num_keys, dim_D, HEAD_DIM, BLOCK_D, True
+            v_ptr + row * v_stride_t + v_offset_ND, key_N, num_keys, dim_D, HEAD_DIM, BLOCK_D
         )
-        visible_MN = visible_keys(
-            position_M, key_N, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT
-        )
+        score_MN = scores(q_MD, k_ND, score_scale, cap_scale, HAS_SOFTCAP)
+        if MASK_ALL or (start < whole_low or start >= whole_high):
+            visible_MN = visible_keys(
+                position_M,
+                start + tl.arange(0, BLOCK_N),
+                num_keys,
+                window_left,
+                window_right,
+                HAS_LEFT,
+                HAS_RIGHT,
+            )
+            score_MN = tl.where(visible_MN, score_MN, float("-inf"))
         acc_MD, max_M, sum_M = softmax_step(
-            acc_MD, max_M, sum_M, q_MD, k_ND, v_ND, visible_MN,
-            score_scale, cap_scale, HAS_SOFTCAP, True,
-        )  # fmt: skip
+            acc_MD, max_M, sum_M, score_MN, v_ND, score_scale, HAS_SOFTCAP
+        )
 
     out_MD, lse_M = softmax_finish(acc_MD, max_M, sum_M, score_scale, HAS_SOFTCAP)
     out_row_M = token_M * (num_slots * GROUP) + head_M

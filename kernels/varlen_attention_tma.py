@@ -19,11 +19,10 @@ from torch import Tensor
 
 from minigen.kernels.tiles import (
     Tile,
-    count_edge_tiles,
-    edge_tile,
     find_queries,
     key_range,
     power_of_two,
+    scores,
     softmax_finish,
     softmax_step,
     visible_keys,
@@ -125,8 +124,8 @@ def varlen_attention_tma_kernel(
 
     As `varlen_attention_kernel`. With WARP_SPECIALIZE it keeps to what Triton 3.6 and 3.7
     specialise (as their TTGIR shows; else they leave it out, or fail): no early return, no `while`,
-    no `else`, one loop, and queries that come by a two-dimensional descriptor. So all tiles are
-    masked, and a surplus program runs no tile.
+    no `else`, and queries that come by a two-dimensional descriptor. So all tiles are masked, and a
+    surplus program runs no tile.
     """
     slot = tl.program_id(0) % num_slots
     kv_head = slot // SLOTS_A_KEY_HEAD
@@ -182,46 +181,27 @@ def varlen_attention_tma_kernel(
     acc_MD = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     max_M = tl.full([BLOCK_M], float("-inf"), tl.float32)
     sum_M = tl.zeros([BLOCK_M], tl.float32)
-    # Specialised warps allow a single loop.
     whole_low, whole_high = whole_tiles(
-        first,
-        last,
-        low,
-        high,
-        num_keys,
-        window_left,
-        window_right,
-        HAS_LEFT,
-        HAS_RIGHT,
-        BLOCK_N,
-        MASK_ALL or WARP_SPECIALIZE,
+        first, last, low, high, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT, BLOCK_N
     )
-    before, num_edge_tiles = count_edge_tiles(low, high, whole_low, whole_high, BLOCK_N)
-    if not (MASK_ALL or WARP_SPECIALIZE):
-        for start in range(whole_low, whole_high, BLOCK_N):
-            k_ND = k_desc.load([start, 0])
-            v_ND = v_desc.load([start, 0])
-            acc_MD, max_M, sum_M = softmax_step(
-                acc_MD, max_M, sum_M, q_MD, k_ND, v_ND, None,
-                score_scale, cap_scale, HAS_SOFTCAP, False,
-            )  # fmt: skip
-    for index in tl.range(num_edge_tiles, warp_specialize=WARP_SPECIALIZE):
-        start = edge_tile(index, before, low, whole_high, BLOCK_N)
+    for start in tl.range(low, high, BLOCK_N, warp_specialize=WARP_SPECIALIZE):
         k_ND = k_desc.load([start, 0])
         v_ND = v_desc.load([start, 0])
-        visible_MN = visible_keys(
-            position_M,
-            start + tl.arange(0, BLOCK_N),
-            num_keys,
-            window_left,
-            window_right,
-            HAS_LEFT,
-            HAS_RIGHT,
-        )
+        score_MN = scores(q_MD, k_ND, score_scale, cap_scale, HAS_SOFTCAP)
+        if (MASK_ALL or WARP_SPECIALIZE) or (start < whole_low or start >= whole_high):
+            visible_MN = visible_keys(
+                position_M,
+                start + tl.arange(0, BLOCK_N),
+                num_keys,
+                window_left,
+                window_right,
+                HAS_LEFT,
+                HAS_RIGHT,
+            )
+            score_MN = tl.where(visible_MN, score_MN, float("-inf"))
         acc_MD, max_M, sum_M = softmax_step(
-            acc_MD, max_M, sum_M, q_MD, k_ND, v_ND, visible_MN,
-            score_scale, cap_scale, HAS_SOFTCAP, True,
-        )  # fmt: skip
+            acc_MD, max_M, sum_M, score_MN, v_ND, score_scale, HAS_SOFTCAP
+        )
 
     out_MD, lse_M = softmax_finish(acc_MD, max_M, sum_M, score_scale, HAS_SOFTCAP)
     out_row_M = token_M * (num_slots * GROUP) + head_M

@@ -75,10 +75,11 @@ class Candidate(NamedTuple):
     num_splits: int | None = None
 
     def __str__(self) -> str:
-        m, q, n, _, warps, stages, mask_all = self.tile
+        m, q, n, _, warps, stages, mask_all, registers = self.tile
         words = [f"{m}x{n}", f"w{warps}", f"s{stages}"]
         words += ["packed"] if q < m else []
-        words += ["one-loop"] if mask_all else []
+        words += [f"r{registers}"] if registers else []
+        words += ["masks"] if mask_all else []
         words += ["tma"] if self.descriptors else []
         words += ["specialised"] if self.specialised else []
         words += [f"splits{self.num_splits}"] if self.num_splits else []

@@ -38,10 +38,11 @@ def compile_ahead(
 ) -> Compiled:
     """Compiles with every argument that is no constant as pointer, number or float by its name.
 
-    `constants` may hold num_warps and num_stages, and names that the kernel does not have. Pointers
+    `constants` may hold num_warps, num_stages and maxnreg, and names that the kernel does not have. Pointers
     count as multiples of 16 bytes, as torch's are, and so do the numbers named in `aligned`.
     """
-    options = {name: constants[name] for name in ("num_warps", "num_stages") if name in constants}
+    names = ("num_warps", "num_stages", "maxnreg")
+    options = {name: constants[name] for name in names if name in constants}
     constants = {name: constants[name] for name in kernel.arg_names if name in constants}
 
     def type_of(name: str) -> str:
