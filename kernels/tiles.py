@@ -25,9 +25,9 @@ LEAST_SHARED_BYTES = 99 * 1024
 class Tile(NamedTuple):
     """The sizes with which an attention kernel is compiled.
 
-    `block_q` is `block_m` where heads are not packed. With `mask_all` every tile is masked; without,
-    a branch leaves masks out where every query sees every key: worth it where masks cost time.
-    `max_registers` a thread make room for more programs on a multiprocessor (NVIDIA only).
+    `block_q` is `block_m` where heads are not packed. With `mask_all` every tile is masked;
+    without, a branch leaves masks out where every query sees every key: worth it where masks cost
+    time. `max_registers` a thread make room for more programs on a multiprocessor (NVIDIA only).
     """
 
     block_m: int
@@ -60,20 +60,29 @@ def choose_tile(
     tiles in flight, seen in TTGIR, where it holds num_stages tiles of keys at known addresses. With
     64 KiB (AMD, whose pipeliner counts otherwise) num_stages stays what surely fits.
 
+    With heads of 128, two programs of 64 rows share a multiprocessor, and one waits while the other
+    computes; 128 rows read keys half as often. H200, 32/8 heads, TFLOP/s of 64 rows and of 128:
+
+                      16 x 512   64 of mean 298   16 x 1024   4 x 4096   1 x 16384
+        varlen         226, 209        283, 270    309, 304   415, 442    421, 472
+        paged          207, 193        273, 249    302, 284   418, 409    421, 449
+
     Exact float32 products run on no tensor core and keep their factors in registers: larger tiles
     than these put 7 to 23 KB a thread on the stack (sm_90, Triton 3.6).
     """
     block_d = max(16, power_of_two(head_dim))
     row_bytes = block_d * itemsize
     exact = itemsize >= 4
-    most_rows = 32 if exact else 64 if row_bytes > 256 else 128
+    half_tile = not exact and row_bytes == 256 and (paged or queries <= 2048)
+    most_rows = 32 if exact else 64 if row_bytes > 256 or half_tile else 128
     block_m = min(max(16, power_of_two(queries * group)), most_rows)
     block_m = max(block_m, power_of_two(group))
     block_n = 16 if exact else 64 if row_bytes <= 256 else 32
     # Besides queries and keys: weights on their way to the second product, entries of the table.
     spare_bytes = shared_bytes - block_m * row_bytes - (8 * 1024 if paged else 0)
-    # Two tiles in flight let three decode programs of head dim 128 share a multiprocessor.
-    most_buffers = 2 if paged and block_m <= 32 else 3
+    # Two tiles in flight let three decode programs of head dim 128 share a multiprocessor, and two
+    # of 64 rows.
+    most_buffers = 2 if (paged and block_m <= 32) or (half_tile and block_m == 64) else 3
     buffers = min(max(spare_bytes, 0) // (2 * block_n * row_bytes), most_buffers)
     counts_pairs = paged and shared_bytes > 64 * 1024
     num_stages = 2 * buffers + 1 if counts_pairs else max(buffers, 1)
@@ -299,4 +308,5 @@ def softmax_finish(acc_MD, max_M, sum_M, score_scale, HAS_SOFTCAP: tl.constexpr)
     empty_M = sum_M == 0.0
     divisor_M = tl.where(empty_M, 1.0, sum_M)
     lse_M = tl.where(empty_M, float("-inf"), max_M * unit + tl.log2(divisor_M))
-    return acc_MD / divisor_M[:, None], lse_M
+    # A division an element would be 150 instructions a thread more at 128 x 128: half a tile's.
+    return acc_MD * (1.0 / divisor_M)[:, None], lse_M

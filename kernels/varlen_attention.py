@@ -40,7 +40,9 @@ from minigen.kernels.triton_import import tl, triton
 from minigen.kernels.varlen_attention_backward import varlen_attention_backward
 from minigen.kernels.varlen_attention_tma import (
     choose_descriptor_tile,
+    fits_tensor_descriptors,
     launch_with_descriptors,
+    prefers_descriptors,
 )
 
 # A tile has at most 2**7 rows of keys; their offsets stay below 2**31. Wider tensors are copied.
@@ -179,8 +181,19 @@ def _cuda(
     if validate:
         read_cu_seqlens(cu_seqlens_q, q_THD.shape[0], "cu_seqlens_q")
         read_cu_seqlens(cu_seqlens_k, k_TKD.shape[0], "cu_seqlens_k")
+    queries = q_THD.shape[0] // max(cu_seqlens_q.shape[0] - 1, 1)
+    capability = torch.cuda.get_device_capability(q_THD.device)
+    descriptors = prefers_descriptors(queries, q_THD.shape[2], capability)
     return varlen_attention_triton(
-        q_THD, k_TKD, v_TKD, cu_seqlens_q, cu_seqlens_k, window=window, scale=scale, softcap=softcap
+        q_THD,
+        k_TKD,
+        v_TKD,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        window=window,
+        scale=scale,
+        softcap=softcap,
+        tensor_descriptors=descriptors and fits_tensor_descriptors(q_THD, k_TKD, v_TKD),
     )
 
 
@@ -217,8 +230,7 @@ def varlen_attention_triton(
     """Launches a kernel on checked arguments: on a GPU, or on the CPU in Triton's interpreter.
 
     `tile` is chosen by size unless given. `tensor_descriptors` runs the kernel of
-    `varlen_attention_tma.py`, which wants `fits_tensor_descriptors`; the operation keeps the plain
-    one until that has been timed on a GPU.
+    `varlen_attention_tma.py`, which wants `fits_tensor_descriptors`.
     """
     q_THD, k_TKD, v_TKD = (
         x if x.stride(-1) == 1 and x.stride(0) < MAX_TOKEN_STRIDE else x.contiguous()

@@ -44,21 +44,31 @@ def fits_tensor_descriptors(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> bool
     )
 
 
+def prefers_descriptors(queries: int, head_dim: int, capability: tuple[int, int]) -> bool:
+    """Whether this kernel is the faster one for sequences of about `queries` queries each.
+
+    H200, 32/8 heads of 128, TFLOP/s with and without descriptors: 1 x 16384 519 and 472, 4 x 4096
+    462 and 442, 16 x 1024 287 and 309, 16 x 512 190 and 226. A program first writes its two
+    descriptors, about 1.7 us. At head dim 64 it is at most as fast: 398 and 407 at 4 x 4096.
+    """
+    return capability[0] == 9 and 64 < head_dim <= 128 and queries > 2048
+
+
 def choose_descriptor_tile(
     queries: int, group: int, head_dim: int, itemsize: int, shared_bytes: int
 ) -> Tile:
-    """Tile without specialised warps, which need a timing first (`tools/bench_attention.py`).
+    """Tile without specialised warps.
 
-    By registers of the compiled kernel (sm_90): at head dim 128, 128 keys are the most that do not
-    spill (236 registers); at 64, with 64 keys (111), two programs share a multiprocessor.
+    128 x 64 in 8 warps, three tiles in flight, was the fastest at head dim 128 (H200, TFLOP/s at
+    4 x 4096 and 1 x 16384): 462 and 519, 128 x 128 426 and 443, 64 x 64 in 4 warps 413 and 419. At
+    64 two programs share a multiprocessor (111 registers).
     """
     block_d = max(16, power_of_two(head_dim))
-    block_m = 128
-    block_n = 128 if block_d == 128 else 64
+    block_m, block_n = 128, 64
     row_bytes = block_d * itemsize
     num_stages = max((shared_bytes - block_m * row_bytes - 4096) // (2 * block_n * row_bytes), 1)
     packed_q = block_m // group if group <= block_m else block_m
-    return Tile(block_m, packed_q, block_n, block_d, 8, min(num_stages, 3 if block_d <= 64 else 2))
+    return Tile(block_m, packed_q, block_n, block_d, 8, min(num_stages, 3 if block_d <= 128 else 2))
 
 
 def launch_with_descriptors(

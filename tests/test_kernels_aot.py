@@ -133,23 +133,32 @@ def test_warps_are_specialised_on_hopper(head_dim: int, block_n: int) -> None:
     assert compiled.stack_bytes == 0
 
 
+def programs_at_once(compiled: Compiled) -> int:
+    """How many a Hopper multiprocessor holds: 65,536 registers, 228 KiB, 1 KiB of it a program's
+    overhead. Where no `cuobjdump` counts registers, by shared memory."""
+    registers = -(-(compiled.registers or 1) // 8) * 8 * 32 * compiled.num_warps
+    return min(65536 // registers, 228 * KIB // (compiled.shared_bytes + KIB))
+
+
 @pytest.mark.parametrize("group", [1, 4])
 def test_no_tile_spills_on_hopper(group: int) -> None:
     """What a model with heads of 128 runs, prefill and decode."""
     # ptxas keeps one value on the stack in a decode tile of 96 or 128 registers.
     few_bytes = 8
-    for queries in (1, 1000):
+    for queries in (1, 1000, 4000):
         shared_bytes = TARGETS["sm_90"][1]
         tile = choose_tile(queries, group, 128, 2, shared_bytes)
         compiled = check(
             varlen_attention_kernel, "sm_90", varlen_constants(tile, group, 128), "bf16", True
         )
         assert (compiled.stack_bytes or 0) <= few_bytes
+        assert queries == 4000 or programs_at_once(compiled) >= 2
         tile = choose_tile(queries, group, 128, 2, shared_bytes, paged=True)
         constants = constants_for(tile, group, 128, Window(None, 0), 0.0)
         constants |= {"CACHE_BLOCK": 16, "IS_SPLIT": queries == 1, "NUM_KV_HEADS": 8}
         compiled = check(paged_attention_kernel, "sm_90", constants, "bf16", True)
         assert (compiled.stack_bytes or 0) <= few_bytes
+        assert programs_at_once(compiled) >= (3 if queries == 1 else 2)
         # Two tiles of keys in flight at least: with one, loads wait for the arithmetic.
         assert compiled.shared_bytes >= 2 * 2 * tile.block_n * 128 * 2
 

@@ -38,8 +38,9 @@ def compile_ahead(
 ) -> Compiled:
     """Compiles with every argument that is no constant as pointer, number or float by its name.
 
-    `constants` may hold num_warps, num_stages and maxnreg, and names that the kernel does not have. Pointers
-    count as multiples of 16 bytes, as torch's are, and so do the numbers named in `aligned`.
+    `constants` may hold num_warps, num_stages and maxnreg, and names that the kernel does not have.
+    Pointers count as multiples of 16 bytes, as torch's are, and so do the numbers named in
+    `aligned`.
     """
     names = ("num_warps", "num_stages", "maxnreg")
     options = {name: constants[name] for name in names if name in constants}
