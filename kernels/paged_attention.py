@@ -37,6 +37,7 @@ from minigen.kernels.tiles import (
     softmax_step,
     tile_arguments,
     visible_keys,
+    wait_for,
     whole_tiles,
     window_arguments,
 )
@@ -422,6 +423,7 @@ def paged_attention_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     MASK_ALL: tl.constexpr,
+    WAIT: tl.constexpr,
 ):
     """One program: BLOCK_Q queries of one sequence, the heads of one group, one share of the keys.
 
@@ -504,6 +506,8 @@ def paged_attention_kernel(
         acc_MD, max_M, sum_M = softmax_step(
             acc_MD, max_M, sum_M, score_MN, v_ND, score_scale, HAS_SOFTCAP
         )
+        if WAIT:
+            acc_MD = wait_for(acc_MD)
 
     out_MD, lse_M = softmax_finish(acc_MD, max_M, sum_M, score_scale, HAS_SOFTCAP)
     out_offset_MD = (part_row_M * HEAD_DIM)[:, None] + dim_D[None, :]

@@ -27,7 +27,8 @@ class Tile(NamedTuple):
 
     `block_q` is `block_m` where heads are not packed. With `mask_all` every tile is masked;
     without, a branch leaves masks out where every query sees every key: worth it where masks cost
-    time. `max_registers` a thread make room for more programs on a multiprocessor (NVIDIA only).
+    time. `max_registers` a thread make room for more programs on a multiprocessor (NVIDIA only);
+    with it a program waits for each product at once, see `wait_for`.
     """
 
     block_m: int
@@ -123,6 +124,8 @@ def tile_arguments(tile: Tile, group: int, head_dim: int) -> dict[str, Any]:
         "BLOCK_N": tile.block_n,
         "BLOCK_D": tile.block_d,
         "MASK_ALL": tile.mask_all,
+        # Triton's interpreter has no inline assembly, and nothing to wait for.
+        "WAIT": tile.max_registers is not None and not triton.knobs.runtime.interpret,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
     }
@@ -297,6 +300,17 @@ def softmax_step(acc_MD, max_M, sum_M, score_MN, v_ND, score_scale, HAS_SOFTCAP:
     acc_MD = acc_MD * shrink_M[:, None]
     acc_MD = tl.dot(weight_MN.to(v_ND.dtype), v_ND, acc_MD, input_precision="ieee")
     return acc_MD, new_max_M, sum_M
+
+
+@triton.jit
+def wait_for(acc_MD):
+    """The same values; the product that makes them is awaited here.
+
+    Triton would leave it in flight beside the next scores, whose registers (32 a thread at 128 x 64
+    in 8 warps) come on top of the weights' (16). If all must fit 128, ptxas serialises every
+    product. An empty instruction that reads the values makes Triton wait before it.
+    """
+    return tl.inline_asm_elementwise("", "=f,0", [acc_MD], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit

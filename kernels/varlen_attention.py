@@ -33,6 +33,7 @@ from minigen.kernels.tiles import (
     softmax_step,
     tile_arguments,
     visible_keys,
+    wait_for,
     whole_tiles,
     window_arguments,
 )
@@ -319,6 +320,7 @@ def varlen_attention_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     MASK_ALL: tl.constexpr,
+    WAIT: tl.constexpr,
 ):
     """One program: BLOCK_Q queries of one sequence, GROUP heads that share keys, all their keys.
 
@@ -393,6 +395,8 @@ def varlen_attention_kernel(
         acc_MD, max_M, sum_M = softmax_step(
             acc_MD, max_M, sum_M, score_MN, v_ND, score_scale, HAS_SOFTCAP
         )
+        if WAIT:
+            acc_MD = wait_for(acc_MD)
 
     out_MD, lse_M = softmax_finish(acc_MD, max_M, sum_M, score_scale, HAS_SOFTCAP)
     out_row_M = token_M * (num_slots * GROUP) + head_M

@@ -26,6 +26,7 @@ from minigen.kernels.tiles import (
     softmax_finish,
     softmax_step,
     visible_keys,
+    wait_for,
     whole_tiles,
 )
 from minigen.kernels.triton_import import tl, triton
@@ -128,6 +129,7 @@ def varlen_attention_tma_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     MASK_ALL: tl.constexpr,
+    WAIT: tl.constexpr,
     WARP_SPECIALIZE: tl.constexpr,
 ):
     """One program: BLOCK_Q queries of one sequence, GROUP heads that share keys, all their keys.
@@ -212,6 +214,8 @@ def varlen_attention_tma_kernel(
         acc_MD, max_M, sum_M = softmax_step(
             acc_MD, max_M, sum_M, score_MN, v_ND, score_scale, HAS_SOFTCAP
         )
+        if WAIT:
+            acc_MD = wait_for(acc_MD)
 
     out_MD, lse_M = softmax_finish(acc_MD, max_M, sum_M, score_scale, HAS_SOFTCAP)
     out_row_M = token_M * (num_slots * GROUP) + head_M

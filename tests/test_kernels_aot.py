@@ -163,6 +163,25 @@ def test_no_tile_spills_on_hopper(group: int) -> None:
         assert compiled.shared_bytes >= 2 * 2 * tile.block_n * 128 * 2
 
 
+@pytest.mark.parametrize("descriptors", [False, True])
+def test_fewer_registers_let_two_programs_of_128_rows_share_a_multiprocessor(
+    descriptors: bool,
+) -> None:
+    tile = Tile(128, 32, 64, 128, 8, 2, max_registers=128)
+    constants = varlen_constants(tile, 4, 128)
+    kernel = varlen_attention_kernel
+    if descriptors:
+        kernel, constants = varlen_attention_tma_kernel, constants | {"WARP_SPECIALIZE": False}
+    compiled = check(kernel, "sm_90", constants, "bf16", True)
+    assert programs_at_once(compiled) == 2
+    assert (compiled.stack_bytes or 0) <= (0 if descriptors else 160)
+    # The second product is awaited within the loop, before the next tile's copy begins: in flight
+    # it would take registers that ptxas lacks, and all products would be serialised.
+    _, loop = compiled.ttgir.rsplit("scf.for", 1)
+    copy = "async_tma_copy_global_to_local" if descriptors else "async_copy_global_to_local"
+    assert loop.rindex("warp_group_dot_wait") < loop.index(copy)
+
+
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_exact_products_fit_registers_on_hopper(head_dim: int) -> None:
     """Not thousands of bytes on the stack, as larger tiles do (a few values are, by Triton 3.7)."""

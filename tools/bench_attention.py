@@ -124,11 +124,10 @@ def varlen_candidates(heads: Heads) -> list[Candidate]:
             Candidate(tile(64, 64, 4, 3)),
             Candidate(tile(128, 64, 8, 3)),
             Candidate(tile(128, 64, 8, 2, 128)),
-            Candidate(tile(128, 32, 8, 4, 128)),
             Candidate(tile(128, 64, 8, 3), True),
             Candidate(tile(128, 64, 8, 2, 128), True),
             Candidate(tile(128, 64, 8, 2, 128, packed=False), True),
-            Candidate(tile(128, 32, 8, 4, 128), True),
+            Candidate(tile(128, 32, 8, 4), True),
         ]
     # Specialised warps.
     stages = [(128, 2), (128, 3), (64, 3)] if dim == 64 else [(128, 2), (64, 3), (64, 4)]
