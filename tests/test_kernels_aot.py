@@ -32,6 +32,7 @@ from minigen.kernels.varlen_attention_backward import (
 )
 from minigen.kernels.varlen_attention_tma import (
     choose_descriptor_tile,
+    prefers_descriptors,
     varlen_attention_tma_kernel,
 )
 from tools.compile_ahead import Compiled, compile_ahead
@@ -120,6 +121,14 @@ def test_varlen_attention_with_descriptors(
     assert "async_tma_copy_global_to_local" in compiled.ttgir
     if target_name == "sm_90" and softcap == 0:
         assert compiled.stack_bytes == 0
+
+
+def test_descriptors_are_taken_where_they_were_faster() -> None:
+    """Measured on an H200: long sequences with heads of 128. Nothing is known of other GPUs."""
+    assert prefers_descriptors(4096, 128, (9, 0))
+    assert not prefers_descriptors(1024, 128, (9, 0))
+    assert not prefers_descriptors(4096, 64, (9, 0))
+    assert not any(prefers_descriptors(4096, 128, other) for other in [(8, 0), (10, 0), (12, 0)])
 
 
 @pytest.mark.parametrize(("head_dim", "block_n"), [(64, 128), (96, 64), (128, 128)])
