@@ -24,8 +24,6 @@ from minigen.kernels.cpu import attend_sequence
 from minigen.kernels.tiles import (
     Tile,
     choose_tile,
-    count_edge_tiles,
-    edge_tile,
     find_queries,
     key_range,
     load_keys,
@@ -33,11 +31,13 @@ from minigen.kernels.tiles import (
     positive_scale,
     power_of_two,
     score_arguments,
+    scores,
     shared_bytes_of,
     softmax_finish,
     softmax_step,
     tile_arguments,
     visible_keys,
+    wait_for,
     whole_tiles,
     window_arguments,
 )
@@ -228,7 +228,8 @@ def choose_num_splits(num_programs: int, num_tiles: int, num_slots: int) -> int:
     programs that the real lengths leave without keys end at once), and two until its first tile
     has arrived. A started wave counts by halves, because a few programs that are left share the
     memory's bandwidth among fewer. The merge of parts is a second launch: about two steps, and more
-    with more parts. Nothing of this is measured yet, see `tools/LOG.md`.
+    with more parts. A tenth must be gained: 32 sequences of 1,024 take 38.6 us whole and 45.7 in
+    two parts, which this reckoning puts at 0.95 (H200, 8 key/value heads of 128).
     """
 
     def steps(splits: int) -> float:
@@ -237,7 +238,7 @@ def choose_num_splits(num_programs: int, num_tiles: int, num_slots: int) -> int:
         return waves * (math.ceil(num_tiles / splits) + 2) + merge
 
     best = min(range(1, min(max(num_tiles, 1), MAX_SPLITS) + 1), key=steps)
-    return best if steps(best) < 0.95 * steps(1) else 1
+    return best if steps(best) < 0.9 * steps(1) else 1
 
 
 def resident_programs(tile: Tile, itemsize: int, device: torch.device) -> int:
@@ -350,7 +351,6 @@ def cache_rows(
     num_keys,
     CACHE_BLOCK: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    EDGE: tl.constexpr,
 ):
     """Rows of the cache, of K heads each, that hold the keys from `start`, where a tile begins.
 
@@ -364,14 +364,11 @@ def cache_rows(
     elif BLOCK_N % CACHE_BLOCK == 0:
         NUM_BLOCKS: tl.constexpr = BLOCK_N // CACHE_BLOCK
         entry_B = start // CACHE_BLOCK + tl.arange(0, NUM_BLOCKS)
-        if EDGE:
-            cache_block_B = tl.load(
-                table_row_ptr + entry_B * table_stride_w,
-                mask=entry_B * CACHE_BLOCK < num_keys,
-                other=0,
-            )
-        else:
-            cache_block_B = tl.load(table_row_ptr + entry_B * table_stride_w)
+        cache_block_B = tl.load(
+            table_row_ptr + entry_B * table_stride_w,
+            mask=entry_B * CACHE_BLOCK < num_keys,
+            other=0,
+        )
         first_row_B = cache_block_B.to(tl.int64) * CACHE_BLOCK
         row_BN = first_row_B[:, None] + tl.arange(0, CACHE_BLOCK)[None, :]
         return tl.reshape(row_BN, [BLOCK_N])
@@ -426,6 +423,7 @@ def paged_attention_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     MASK_ALL: tl.constexpr,
+    WAIT: tl.constexpr,
 ):
     """One program: BLOCK_Q queries of one sequence, the heads of one group, one share of the keys.
 
@@ -473,19 +471,8 @@ def paged_attention_kernel(
             )
             return
     whole_low, whole_high = whole_tiles(
-        first,
-        last,
-        low,
-        high,
-        num_keys,
-        window_left,
-        window_right,
-        HAS_LEFT,
-        HAS_RIGHT,
-        BLOCK_N,
-        MASK_ALL,
+        first, last, low, high, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT, BLOCK_N
     )
-    before, num_edge_tiles = count_edge_tiles(low, high, whole_low, whole_high, BLOCK_N)
 
     q_offset_MD = (token_M * q_stride_t + head_M.to(tl.int64) * q_stride_h)[:, None] + dim_D[
         None, :
@@ -498,39 +485,29 @@ def paged_attention_kernel(
     table_row_ptr = block_table_ptr + tl.cast(seq, tl.int64) * table_stride_s
     k_cache_ptr += kv_head * HEAD_DIM
     v_cache_ptr += kv_head * HEAD_DIM
-    if not MASK_ALL:
-        for start in range(whole_low, whole_high, BLOCK_N):
-            row_N = cache_rows(
-                table_row_ptr, table_stride_w, start, num_keys, CACHE_BLOCK, BLOCK_N, False
-            )
-            offset_ND = (row_N * (NUM_KV_HEADS * HEAD_DIM))[:, None] + dim_D[None, :]
-            key_N = start + tile_N
-            k_ND = load_keys(
-                k_cache_ptr + offset_ND, key_N, num_keys, dim_D, HEAD_DIM, BLOCK_D, False
-            )
-            v_ND = load_keys(
-                v_cache_ptr + offset_ND, key_N, num_keys, dim_D, HEAD_DIM, BLOCK_D, False
-            )
-            acc_MD, max_M, sum_M = softmax_step(
-                acc_MD, max_M, sum_M, q_MD, k_ND, v_ND, None,
-                score_scale, cap_scale, HAS_SOFTCAP, False,
-            )  # fmt: skip
-    for index in range(num_edge_tiles):
-        start = edge_tile(index, before, low, whole_high, BLOCK_N)
-        row_N = cache_rows(
-            table_row_ptr, table_stride_w, start, num_keys, CACHE_BLOCK, BLOCK_N, True
-        )
+    for start in range(low, high, BLOCK_N):
+        row_N = cache_rows(table_row_ptr, table_stride_w, start, num_keys, CACHE_BLOCK, BLOCK_N)
         offset_ND = (row_N * (NUM_KV_HEADS * HEAD_DIM))[:, None] + dim_D[None, :]
         key_N = start + tile_N
-        k_ND = load_keys(k_cache_ptr + offset_ND, key_N, num_keys, dim_D, HEAD_DIM, BLOCK_D, True)
-        v_ND = load_keys(v_cache_ptr + offset_ND, key_N, num_keys, dim_D, HEAD_DIM, BLOCK_D, True)
-        visible_MN = visible_keys(
-            position_M, key_N, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT
-        )
+        k_ND = load_keys(k_cache_ptr + offset_ND, key_N, num_keys, dim_D, HEAD_DIM, BLOCK_D)
+        v_ND = load_keys(v_cache_ptr + offset_ND, key_N, num_keys, dim_D, HEAD_DIM, BLOCK_D)
+        score_MN = scores(q_MD, k_ND, score_scale, cap_scale, HAS_SOFTCAP)
+        if MASK_ALL or (start < whole_low or start >= whole_high):
+            visible_MN = visible_keys(
+                position_M,
+                start + tl.arange(0, BLOCK_N),
+                num_keys,
+                window_left,
+                window_right,
+                HAS_LEFT,
+                HAS_RIGHT,
+            )
+            score_MN = tl.where(visible_MN, score_MN, float("-inf"))
         acc_MD, max_M, sum_M = softmax_step(
-            acc_MD, max_M, sum_M, q_MD, k_ND, v_ND, visible_MN,
-            score_scale, cap_scale, HAS_SOFTCAP, True,
-        )  # fmt: skip
+            acc_MD, max_M, sum_M, score_MN, v_ND, score_scale, HAS_SOFTCAP
+        )
+        if WAIT:
+            acc_MD = wait_for(acc_MD)
 
     out_MD, lse_M = softmax_finish(acc_MD, max_M, sum_M, score_scale, HAS_SOFTCAP)
     out_offset_MD = (part_row_M * HEAD_DIM)[:, None] + dim_D[None, :]

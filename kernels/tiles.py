@@ -25,9 +25,10 @@ LEAST_SHARED_BYTES = 99 * 1024
 class Tile(NamedTuple):
     """The sizes with which an attention kernel is compiled.
 
-    `block_q` is `block_m` where heads are not packed. With `mask_all` one loop masks every tile;
-    without, whole tiles have a loop without masks, and the pipeline runs empty before the second
-    loop, over the edge tiles: worth it where many tiles are whole and masks cost time.
+    `block_q` is `block_m` where heads are not packed. With `mask_all` every tile is masked;
+    without, a branch leaves masks out where every query sees every key: worth it where masks cost
+    time. `max_registers` a thread make room for more programs on a multiprocessor (NVIDIA only);
+    with it a program waits for each product at once, see `wait_for`.
     """
 
     block_m: int
@@ -37,6 +38,7 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int
     mask_all: bool = False
+    max_registers: int | None = None
 
 
 def power_of_two(number: int) -> int:
@@ -59,20 +61,29 @@ def choose_tile(
     tiles in flight, seen in TTGIR, where it holds num_stages tiles of keys at known addresses. With
     64 KiB (AMD, whose pipeliner counts otherwise) num_stages stays what surely fits.
 
+    With heads of 128, two programs of 64 rows share a multiprocessor, and one waits while the other
+    computes; 128 rows read keys half as often. H200, 32/8 heads, TFLOP/s of 64 rows and of 128:
+
+                      16 x 512   64 of mean 298   16 x 1024   4 x 4096   1 x 16384
+        varlen         226, 209        283, 270    309, 304   415, 442    421, 472
+        paged          207, 193        273, 249    302, 284   418, 409    421, 449
+
     Exact float32 products run on no tensor core and keep their factors in registers: larger tiles
     than these put 7 to 23 KB a thread on the stack (sm_90, Triton 3.6).
     """
     block_d = max(16, power_of_two(head_dim))
     row_bytes = block_d * itemsize
     exact = itemsize >= 4
-    most_rows = 32 if exact else 64 if row_bytes > 256 else 128
+    half_tile = not exact and row_bytes == 256 and (paged or queries <= 2048)
+    most_rows = 32 if exact else 64 if row_bytes > 256 or half_tile else 128
     block_m = min(max(16, power_of_two(queries * group)), most_rows)
     block_m = max(block_m, power_of_two(group))
     block_n = 16 if exact else 64 if row_bytes <= 256 else 32
     # Besides queries and keys: weights on their way to the second product, entries of the table.
     spare_bytes = shared_bytes - block_m * row_bytes - (8 * 1024 if paged else 0)
-    # Two tiles in flight let three decode programs of head dim 128 share a multiprocessor.
-    most_buffers = 2 if paged and block_m <= 32 else 3
+    # Two tiles in flight let three decode programs of head dim 128 share a multiprocessor, and two
+    # of 64 rows.
+    most_buffers = 2 if (paged and block_m <= 32) or (half_tile and block_m == 64) else 3
     buffers = min(max(spare_bytes, 0) // (2 * block_n * row_bytes), most_buffers)
     counts_pairs = paged and shared_bytes > 64 * 1024
     num_stages = 2 * buffers + 1 if counts_pairs else max(buffers, 1)
@@ -104,7 +115,8 @@ def window_arguments(window: Window) -> dict[str, Any]:
 
 
 def tile_arguments(tile: Tile, group: int, head_dim: int) -> dict[str, Any]:
-    return {
+    registers = {} if tile.max_registers is None else {"maxnreg": tile.max_registers}
+    return registers | {
         "GROUP": group,
         "HEAD_DIM": head_dim,
         "BLOCK_M": tile.block_m,
@@ -112,6 +124,8 @@ def tile_arguments(tile: Tile, group: int, head_dim: int) -> dict[str, Any]:
         "BLOCK_N": tile.block_n,
         "BLOCK_D": tile.block_d,
         "MASK_ALL": tile.mask_all,
+        # Triton's interpreter has no inline assembly, and nothing to wait for.
+        "WAIT": tile.max_registers is not None and not triton.knobs.runtime.interpret,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
     }
@@ -226,37 +240,19 @@ def whole_tiles(
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    MASK_ALL: tl.constexpr,
 ):
     """The part of `low` to `high` in tiles of which every query sees every key, so without masks.
 
-    What lies before and behind it (window's edge, diagonal, end of the sequence) are edge tiles,
-    see `edge_tile`. Without a whole tile both bounds are `low`; MASK_ALL counts none as whole.
+    What lies before and behind it (window's edge, diagonal, end of the sequence) are edge tiles.
+    Without a whole tile the second bound is not above the first.
     """
-    if MASK_ALL:
-        return low, low
     whole_low = low
     whole_high = tl.minimum(num_keys, high)
     if HAS_LEFT:
         whole_low = tl.maximum(tl.cdiv(tl.maximum(last - window_left, 0), BLOCK_N) * BLOCK_N, low)
     if HAS_RIGHT:
         whole_high = tl.minimum(first + window_right + 1, whole_high)
-    whole_high = tl.maximum(whole_high, 0) // BLOCK_N * BLOCK_N
-    none = whole_high <= whole_low
-    return tl.where(none, low, whole_low), tl.where(none, low, whole_high)
-
-
-@triton.jit
-def count_edge_tiles(low, high, whole_low, whole_high, BLOCK_N: tl.constexpr):
-    """How many edge tiles lie before the whole ones, and how many there are in all."""
-    before = (whole_low - low) // BLOCK_N
-    return before, before + tl.cdiv(tl.maximum(high - whole_high, 0), BLOCK_N)
-
-
-@triton.jit
-def edge_tile(index, before, low, whole_high, BLOCK_N: tl.constexpr):
-    """First key of an edge tile: those before the whole tiles are counted first."""
-    return tl.where(index < before, low + index * BLOCK_N, whole_high + (index - before) * BLOCK_N)
+    return whole_low, tl.maximum(whole_high, 0) // BLOCK_N * BLOCK_N
 
 
 @triton.jit
@@ -267,56 +263,54 @@ def load_keys(
     dim_D,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    EDGE: tl.constexpr,
 ):
     """One tile of keys or values; rows behind the sequence are zeros, as is a padded head dim."""
-    if EDGE:
-        in_tile_ND = (key_N < num_keys)[:, None] & (dim_D < HEAD_DIM)[None, :]
-        return tl.load(ptr_ND, mask=in_tile_ND, other=0.0)
-    elif HEAD_DIM < BLOCK_D:
-        return tl.load(ptr_ND, mask=(dim_D < HEAD_DIM)[None, :], other=0.0)
-    else:
-        return tl.load(ptr_ND)
+    in_tile_ND = (key_N < num_keys)[:, None]
+    if HEAD_DIM < BLOCK_D:
+        in_tile_ND = in_tile_ND & (dim_D < HEAD_DIM)[None, :]
+    return tl.load(ptr_ND, mask=in_tile_ND, other=0.0)
 
 
 @triton.jit
-def softmax_step(
-    acc_MD,
-    max_M,
-    sum_M,
-    q_MD,
-    k_ND,
-    v_ND,
-    visible_MN,
-    score_scale,
-    cap_scale,
-    HAS_SOFTCAP: tl.constexpr,
-    EDGE: tl.constexpr,
-):
-    """Takes one tile of keys into the running maximum, sum of exponents and weighted values.
-
-    The maximum is of products before the scale (after the cap, where there is one), so that scaling
-    and subtracting it is one multiply-add an element; the scale must be positive. `visible_MN` is
-    looked at in edge tiles only: in the others every query sees every key.
-    """
+def scores(q_MD, k_ND, score_scale, cap_scale, HAS_SOFTCAP: tl.constexpr):
+    """Products before the scale, so that scaling and subtracting the maximum is one multiply-add an
+    element (`softmax_step`); where there is a cap, scores after it, in base 2."""
     # "ieee": a float32 product in TF32 would keep ten bits of each factor.
     score_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee")
-    unit = score_scale
     if HAS_SOFTCAP:  # cap * tanh(x) with tanh(x) = 1 - 2 / (e^2x + 1), which is right at +-inf
         score_MN = cap_scale * (1.0 - 2.0 / (tl.exp2(score_MN * score_scale) + 1.0))
+    return score_MN
+
+
+@triton.jit
+def softmax_step(acc_MD, max_M, sum_M, score_MN, v_ND, score_scale, HAS_SOFTCAP: tl.constexpr):
+    """Takes one tile's `scores` into the running maximum, sum of exponents and weighted values.
+
+    A pair of query and key that is hidden has score -inf. The scale must be positive.
+    """
+    unit = score_scale
+    if HAS_SOFTCAP:
         unit = 1.0
-    if EDGE:
-        score_MN = tl.where(visible_MN, score_MN, float("-inf"))
     new_max_M = tl.maximum(max_M, tl.max(score_MN, 1))
-    base_M = new_max_M * unit
-    if EDGE:  # A row that has seen no key yet has maximum -inf, and -inf - -inf is NaN.
-        base_M = tl.where(new_max_M == float("-inf"), 0.0, base_M)
+    # A row that has seen no key yet has maximum -inf, and -inf - -inf is NaN.
+    base_M = tl.where(new_max_M == float("-inf"), 0.0, new_max_M * unit)
     weight_MN = tl.exp2(score_MN * unit - base_M[:, None])
     shrink_M = tl.exp2(max_M * unit - base_M)
     sum_M = sum_M * shrink_M + tl.sum(weight_MN, 1)
     acc_MD = acc_MD * shrink_M[:, None]
     acc_MD = tl.dot(weight_MN.to(v_ND.dtype), v_ND, acc_MD, input_precision="ieee")
     return acc_MD, new_max_M, sum_M
+
+
+@triton.jit
+def wait_for(acc_MD):
+    """The same values; the product that makes them is awaited here.
+
+    Triton would leave it in flight beside the next scores, whose registers (32 a thread at 128 x 64
+    in 8 warps) come on top of the weights' (16). If all must fit 128, ptxas serialises every
+    product. An empty instruction that reads the values makes Triton wait before it.
+    """
+    return tl.inline_asm_elementwise("", "=f,0", [acc_MD], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -328,4 +322,5 @@ def softmax_finish(acc_MD, max_M, sum_M, score_scale, HAS_SOFTCAP: tl.constexpr)
     empty_M = sum_M == 0.0
     divisor_M = tl.where(empty_M, 1.0, sum_M)
     lse_M = tl.where(empty_M, float("-inf"), max_M * unit + tl.log2(divisor_M))
-    return acc_MD / divisor_M[:, None], lse_M
+    # A division an element would be 150 instructions a thread more at 128 x 128: half a tile's.
+    return acc_MD * (1.0 / divisor_M)[:, None], lse_M

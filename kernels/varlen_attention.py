@@ -21,19 +21,19 @@ from minigen.kernels.cpu import attend_sequence
 from minigen.kernels.tiles import (
     Tile,
     choose_tile,
-    count_edge_tiles,
-    edge_tile,
     find_queries,
     key_range,
     load_keys,
     on_device_of,
     positive_scale,
     score_arguments,
+    scores,
     shared_bytes_of,
     softmax_finish,
     softmax_step,
     tile_arguments,
     visible_keys,
+    wait_for,
     whole_tiles,
     window_arguments,
 )
@@ -41,7 +41,9 @@ from minigen.kernels.triton_import import tl, triton
 from minigen.kernels.varlen_attention_backward import varlen_attention_backward
 from minigen.kernels.varlen_attention_tma import (
     choose_descriptor_tile,
+    fits_tensor_descriptors,
     launch_with_descriptors,
+    prefers_descriptors,
 )
 
 # A tile has at most 2**7 rows of keys; their offsets stay below 2**31. Wider tensors are copied.
@@ -180,8 +182,19 @@ def _cuda(
     if validate:
         read_cu_seqlens(cu_seqlens_q, q_THD.shape[0], "cu_seqlens_q")
         read_cu_seqlens(cu_seqlens_k, k_TKD.shape[0], "cu_seqlens_k")
+    queries = q_THD.shape[0] // max(cu_seqlens_q.shape[0] - 1, 1)
+    capability = torch.cuda.get_device_capability(q_THD.device)
+    descriptors = prefers_descriptors(queries, q_THD.shape[2], capability)
     return varlen_attention_triton(
-        q_THD, k_TKD, v_TKD, cu_seqlens_q, cu_seqlens_k, window=window, scale=scale, softcap=softcap
+        q_THD,
+        k_TKD,
+        v_TKD,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        window=window,
+        scale=scale,
+        softcap=softcap,
+        tensor_descriptors=descriptors and fits_tensor_descriptors(q_THD, k_TKD, v_TKD),
     )
 
 
@@ -218,8 +231,7 @@ def varlen_attention_triton(
     """Launches a kernel on checked arguments: on a GPU, or on the CPU in Triton's interpreter.
 
     `tile` is chosen by size unless given. `tensor_descriptors` runs the kernel of
-    `varlen_attention_tma.py`, which wants `fits_tensor_descriptors`; the operation keeps the plain
-    one until that has been timed on a GPU.
+    `varlen_attention_tma.py`, which wants `fits_tensor_descriptors`.
     """
     q_THD, k_TKD, v_TKD = (
         x if x.stride(-1) == 1 and x.stride(0) < MAX_TOKEN_STRIDE else x.contiguous()
@@ -308,6 +320,7 @@ def varlen_attention_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     MASK_ALL: tl.constexpr,
+    WAIT: tl.constexpr,
 ):
     """One program: BLOCK_Q queries of one sequence, GROUP heads that share keys, all their keys.
 
@@ -344,19 +357,8 @@ def varlen_attention_kernel(
         first, last, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT, BLOCK_N
     )
     whole_low, whole_high = whole_tiles(
-        first,
-        last,
-        low,
-        high,
-        num_keys,
-        window_left,
-        window_right,
-        HAS_LEFT,
-        HAS_RIGHT,
-        BLOCK_N,
-        MASK_ALL,
+        first, last, low, high, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT, BLOCK_N
     )
-    before, num_edge_tiles = count_edge_tiles(low, high, whole_low, whole_high, BLOCK_N)
 
     # Offsets within a tile are hoisted, and fit 32 bits (MAX_TOKEN_STRIDE); the tile's first row
     # moves, in 64.
@@ -369,49 +371,32 @@ def varlen_attention_kernel(
     acc_MD = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     max_M = tl.full([BLOCK_M], float("-inf"), tl.float32)
     sum_M = tl.zeros([BLOCK_M], tl.float32)
-    if not MASK_ALL:
-        for start in range(whole_low, whole_high, BLOCK_N):
-            row = tl.cast(start, tl.int64)
-            key_N = start + tile_N
-            k_ND = load_keys(
-                k_ptr + row * k_stride_t + k_offset_ND,
-                key_N,
-                num_keys,
-                dim_D,
-                HEAD_DIM,
-                BLOCK_D,
-                False,
-            )
-            v_ND = load_keys(
-                v_ptr + row * v_stride_t + v_offset_ND,
-                key_N,
-                num_keys,
-                dim_D,
-                HEAD_DIM,
-                BLOCK_D,
-                False,
-            )
-            acc_MD, max_M, sum_M = softmax_step(
-                acc_MD, max_M, sum_M, q_MD, k_ND, v_ND, None,
-                score_scale, cap_scale, HAS_SOFTCAP, False,
-            )  # fmt: skip
-    for index in range(num_edge_tiles):
-        start = edge_tile(index, before, low, whole_high, BLOCK_N)
+    for start in range(low, high, BLOCK_N):
         row = tl.cast(start, tl.int64)
         key_N = start + tile_N
         k_ND = load_keys(
-            k_ptr + row * k_stride_t + k_offset_ND, key_N, num_keys, dim_D, HEAD_DIM, BLOCK_D, True
+            k_ptr + row * k_stride_t + k_offset_ND, key_N, num_keys, dim_D, HEAD_DIM, BLOCK_D
         )
         v_ND = load_keys(
-            v_ptr + row * v_stride_t + v_offset_ND, key_N, num_keys, dim_D, HEAD_DIM, BLOCK_D, True
+            v_ptr + row * v_stride_t + v_offset_ND, key_N, num_keys, dim_D, HEAD_DIM, BLOCK_D
         )
-        visible_MN = visible_keys(
-            position_M, key_N, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT
-        )
+        score_MN = scores(q_MD, k_ND, score_scale, cap_scale, HAS_SOFTCAP)
+        if MASK_ALL or (start < whole_low or start >= whole_high):
+            visible_MN = visible_keys(
+                position_M,
+                start + tl.arange(0, BLOCK_N),
+                num_keys,
+                window_left,
+                window_right,
+                HAS_LEFT,
+                HAS_RIGHT,
+            )
+            score_MN = tl.where(visible_MN, score_MN, float("-inf"))
         acc_MD, max_M, sum_M = softmax_step(
-            acc_MD, max_M, sum_M, q_MD, k_ND, v_ND, visible_MN,
-            score_scale, cap_scale, HAS_SOFTCAP, True,
-        )  # fmt: skip
+            acc_MD, max_M, sum_M, score_MN, v_ND, score_scale, HAS_SOFTCAP
+        )
+        if WAIT:
+            acc_MD = wait_for(acc_MD)
 
     out_MD, lse_M = softmax_finish(acc_MD, max_M, sum_M, score_scale, HAS_SOFTCAP)
     out_row_M = token_M * (num_slots * GROUP) + head_M

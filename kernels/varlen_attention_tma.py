@@ -19,14 +19,14 @@ from torch import Tensor
 
 from minigen.kernels.tiles import (
     Tile,
-    count_edge_tiles,
-    edge_tile,
     find_queries,
     key_range,
     power_of_two,
+    scores,
     softmax_finish,
     softmax_step,
     visible_keys,
+    wait_for,
     whole_tiles,
 )
 from minigen.kernels.triton_import import tl, triton
@@ -45,21 +45,31 @@ def fits_tensor_descriptors(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> bool
     )
 
 
+def prefers_descriptors(queries: int, head_dim: int, capability: tuple[int, int]) -> bool:
+    """Whether this kernel is the faster one for sequences of about `queries` queries each.
+
+    H200, 32/8 heads of 128, TFLOP/s with and without descriptors: 1 x 16384 519 and 472, 4 x 4096
+    462 and 442, 16 x 1024 287 and 309, 16 x 512 190 and 226. A program first writes its two
+    descriptors, about 1.7 us. At head dim 64 it is at most as fast: 398 and 407 at 4 x 4096.
+    """
+    return capability[0] == 9 and 64 < head_dim <= 128 and queries > 2048
+
+
 def choose_descriptor_tile(
     queries: int, group: int, head_dim: int, itemsize: int, shared_bytes: int
 ) -> Tile:
-    """Tile without specialised warps, which need a timing first (`tools/bench_attention.py`).
+    """Tile without specialised warps.
 
-    By registers of the compiled kernel (sm_90): at head dim 128, 128 keys are the most that do not
-    spill (236 registers); at 64, with 64 keys (111), two programs share a multiprocessor.
+    128 x 64 in 8 warps, three tiles in flight, was the fastest at head dim 128 (H200, TFLOP/s at
+    4 x 4096 and 1 x 16384): 462 and 519, 128 x 128 426 and 443, 64 x 64 in 4 warps 413 and 419. At
+    64 two programs share a multiprocessor (111 registers).
     """
     block_d = max(16, power_of_two(head_dim))
-    block_m = 128
-    block_n = 128 if block_d == 128 else 64
+    block_m, block_n = 128, 64
     row_bytes = block_d * itemsize
     num_stages = max((shared_bytes - block_m * row_bytes - 4096) // (2 * block_n * row_bytes), 1)
     packed_q = block_m // group if group <= block_m else block_m
-    return Tile(block_m, packed_q, block_n, block_d, 8, min(num_stages, 3 if block_d <= 64 else 2))
+    return Tile(block_m, packed_q, block_n, block_d, 8, min(num_stages, 3 if block_d <= 128 else 2))
 
 
 def launch_with_descriptors(
@@ -119,14 +129,15 @@ def varlen_attention_tma_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     MASK_ALL: tl.constexpr,
+    WAIT: tl.constexpr,
     WARP_SPECIALIZE: tl.constexpr,
 ):
     """One program: BLOCK_Q queries of one sequence, GROUP heads that share keys, all their keys.
 
     As `varlen_attention_kernel`. With WARP_SPECIALIZE it keeps to what Triton 3.6 and 3.7
     specialise (as their TTGIR shows; else they leave it out, or fail): no early return, no `while`,
-    no `else`, one loop, and queries that come by a two-dimensional descriptor. So all tiles are
-    masked, and a surplus program runs no tile.
+    no `else`, and queries that come by a two-dimensional descriptor. So all tiles are masked, and a
+    surplus program runs no tile.
     """
     slot = tl.program_id(0) % num_slots
     kv_head = slot // SLOTS_A_KEY_HEAD
@@ -182,46 +193,29 @@ def varlen_attention_tma_kernel(
     acc_MD = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     max_M = tl.full([BLOCK_M], float("-inf"), tl.float32)
     sum_M = tl.zeros([BLOCK_M], tl.float32)
-    # Specialised warps allow a single loop.
     whole_low, whole_high = whole_tiles(
-        first,
-        last,
-        low,
-        high,
-        num_keys,
-        window_left,
-        window_right,
-        HAS_LEFT,
-        HAS_RIGHT,
-        BLOCK_N,
-        MASK_ALL or WARP_SPECIALIZE,
+        first, last, low, high, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT, BLOCK_N
     )
-    before, num_edge_tiles = count_edge_tiles(low, high, whole_low, whole_high, BLOCK_N)
-    if not (MASK_ALL or WARP_SPECIALIZE):
-        for start in range(whole_low, whole_high, BLOCK_N):
-            k_ND = k_desc.load([start, 0])
-            v_ND = v_desc.load([start, 0])
-            acc_MD, max_M, sum_M = softmax_step(
-                acc_MD, max_M, sum_M, q_MD, k_ND, v_ND, None,
-                score_scale, cap_scale, HAS_SOFTCAP, False,
-            )  # fmt: skip
-    for index in tl.range(num_edge_tiles, warp_specialize=WARP_SPECIALIZE):
-        start = edge_tile(index, before, low, whole_high, BLOCK_N)
+    for start in tl.range(low, high, BLOCK_N, warp_specialize=WARP_SPECIALIZE):
         k_ND = k_desc.load([start, 0])
         v_ND = v_desc.load([start, 0])
-        visible_MN = visible_keys(
-            position_M,
-            start + tl.arange(0, BLOCK_N),
-            num_keys,
-            window_left,
-            window_right,
-            HAS_LEFT,
-            HAS_RIGHT,
-        )
+        score_MN = scores(q_MD, k_ND, score_scale, cap_scale, HAS_SOFTCAP)
+        if (MASK_ALL or WARP_SPECIALIZE) or (start < whole_low or start >= whole_high):
+            visible_MN = visible_keys(
+                position_M,
+                start + tl.arange(0, BLOCK_N),
+                num_keys,
+                window_left,
+                window_right,
+                HAS_LEFT,
+                HAS_RIGHT,
+            )
+            score_MN = tl.where(visible_MN, score_MN, float("-inf"))
         acc_MD, max_M, sum_M = softmax_step(
-            acc_MD, max_M, sum_M, q_MD, k_ND, v_ND, visible_MN,
-            score_scale, cap_scale, HAS_SOFTCAP, True,
-        )  # fmt: skip
+            acc_MD, max_M, sum_M, score_MN, v_ND, score_scale, HAS_SOFTCAP
+        )
+        if WAIT:
+            acc_MD = wait_for(acc_MD)
 
     out_MD, lse_M = softmax_finish(acc_MD, max_M, sum_M, score_scale, HAS_SOFTCAP)
     out_row_M = token_M * (num_slots * GROUP) + head_M

@@ -138,6 +138,7 @@ def small_tiles(draw: st.DrawFn, case: Case, packed: bool | None = None) -> Tile
         num_warps=4,
         num_stages=draw(st.sampled_from([1, 3])),
         mask_all=draw(st.booleans()),
+        max_registers=draw(st.sampled_from([None, 128])),
     )
 
 

@@ -35,6 +35,7 @@ from minigen.kernels.varlen_attention_backward import (
 )
 from minigen.kernels.varlen_attention_tma import (
     choose_descriptor_tile,
+    prefers_descriptors,
     varlen_attention_tma_kernel,
 )
 from tools.compile_ahead import Compiled, compile_ahead
@@ -125,6 +126,14 @@ def test_varlen_attention_with_descriptors(
         assert compiled.stack_bytes == 0
 
 
+def test_descriptors_are_taken_where_they_were_faster() -> None:
+    """Measured on an H200: long sequences with heads of 128. Nothing is known of other GPUs."""
+    assert prefers_descriptors(4096, 128, (9, 0))
+    assert not prefers_descriptors(1024, 128, (9, 0))
+    assert not prefers_descriptors(4096, 64, (9, 0))
+    assert not any(prefers_descriptors(4096, 128, other) for other in [(8, 0), (10, 0), (12, 0)])
+
+
 @pytest.mark.parametrize(("head_dim", "block_n"), [(64, 128), (96, 64), (128, 128)])
 def test_warps_are_specialised_on_hopper(head_dim: int, block_n: int) -> None:
     """Triton drops what it cannot specialise without a word: a `while` in the kernel is enough."""
@@ -136,25 +145,53 @@ def test_warps_are_specialised_on_hopper(head_dim: int, block_n: int) -> None:
     assert compiled.stack_bytes == 0
 
 
+def programs_at_once(compiled: Compiled) -> int:
+    """How many a Hopper multiprocessor holds: 65,536 registers, 228 KiB, 1 KiB of it a program's
+    overhead. Where no `cuobjdump` counts registers, by shared memory."""
+    registers = -(-(compiled.registers or 1) // 8) * 8 * 32 * compiled.num_warps
+    return min(65536 // registers, 228 * KIB // (compiled.shared_bytes + KIB))
+
+
 @pytest.mark.parametrize("group", [1, 4])
 def test_no_tile_spills_on_hopper(group: int) -> None:
     """What a model with heads of 128 runs, prefill and decode."""
     # ptxas keeps one value on the stack in a decode tile of 96 or 128 registers.
     few_bytes = 8
-    for queries in (1, 1000):
+    for queries in (1, 1000, 4000):
         shared_bytes = TARGETS["sm_90"][1]
         tile = choose_tile(queries, group, 128, 2, shared_bytes)
         compiled = check(
             varlen_attention_kernel, "sm_90", varlen_constants(tile, group, 128), "bf16", True
         )
         assert (compiled.stack_bytes or 0) <= few_bytes
+        assert queries == 4000 or programs_at_once(compiled) >= 2
         tile = choose_tile(queries, group, 128, 2, shared_bytes, paged=True)
         constants = constants_for(tile, group, 128, Window(None, 0), 0.0)
         constants |= {"CACHE_BLOCK": 16, "IS_SPLIT": queries == 1, "NUM_KV_HEADS": 8}
         compiled = check(paged_attention_kernel, "sm_90", constants, "bf16", True)
         assert (compiled.stack_bytes or 0) <= few_bytes
+        assert programs_at_once(compiled) >= (3 if queries == 1 else 2)
         # Two tiles of keys in flight at least: with one, loads wait for the arithmetic.
         assert compiled.shared_bytes >= 2 * 2 * tile.block_n * 128 * 2
+
+
+@pytest.mark.parametrize("descriptors", [False, True])
+def test_fewer_registers_let_two_programs_of_128_rows_share_a_multiprocessor(
+    descriptors: bool,
+) -> None:
+    tile = Tile(128, 32, 64, 128, 8, 2, max_registers=128)
+    constants = varlen_constants(tile, 4, 128)
+    kernel = varlen_attention_kernel
+    if descriptors:
+        kernel, constants = varlen_attention_tma_kernel, constants | {"WARP_SPECIALIZE": False}
+    compiled = check(kernel, "sm_90", constants, "bf16", True)
+    assert programs_at_once(compiled) == 2
+    assert (compiled.stack_bytes or 0) <= (0 if descriptors else 160)
+    # The second product is awaited within the loop, before the next tile's copy begins: in flight
+    # it would take registers that ptxas lacks, and all products would be serialised.
+    _, loop = compiled.ttgir.rsplit("scf.for", 1)
+    copy = "async_tma_copy_global_to_local" if descriptors else "async_copy_global_to_local"
+    assert loop.rindex("warp_group_dot_wait") < loop.index(copy)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])

@@ -75,10 +75,11 @@ class Candidate(NamedTuple):
     num_splits: int | None = None
 
     def __str__(self) -> str:
-        m, q, n, _, warps, stages, mask_all = self.tile
+        m, q, n, _, warps, stages, mask_all, registers = self.tile
         words = [f"{m}x{n}", f"w{warps}", f"s{stages}"]
         words += ["packed"] if q < m else []
-        words += ["one-loop"] if mask_all else []
+        words += [f"r{registers}"] if registers else []
+        words += ["masks"] if mask_all else []
         words += ["tma"] if self.descriptors else []
         words += ["specialised"] if self.specialised else []
         words += [f"splits{self.num_splits}"] if self.num_splits else []
@@ -98,32 +99,39 @@ def name_of(candidate: Candidate | None) -> str:
 
 
 def varlen_candidates(heads: Heads) -> list[Candidate]:
-    """Chosen by registers and shared memory (`--list`): none of these spills at its head dim."""
+    """Chosen by registers and shared memory (`--list`): where registers are given, the plain kernel
+    keeps 4 to 30 of its values on the stack, else none does."""
     group, dim = heads.query // heads.key, heads.dim
 
-    def tile(m: int, n: int, warps: int, stages: int, packed: bool, mask_all: bool = False) -> Tile:
-        return Tile(m, m // group if packed else m, n, dim, warps, stages, mask_all)
+    def tile(
+        m: int, n: int, warps: int, stages: int, registers: int | None = None, packed: bool = True
+    ) -> Tile:
+        block_q = m // group if packed else m
+        return Tile(m, block_q, n, dim, warps, stages, max_registers=registers)
 
-    found = [
-        Candidate(tile(128, 64, 8, 3, True)),
-        Candidate(tile(128, 64, 8, 3, True, True)),
-        Candidate(tile(128, 64, 8, 3, False)),
-        Candidate(tile(64, 64, 4, 2, True)),
-        Candidate(tile(128, 64, 8, 3, True), True),
-        Candidate(tile(128, 64, 8, 3, True, True), True),
-        Candidate(tile(128, 128, 8, 2, True), True),
-        Candidate(tile(128, 128, 8, 2, False), True),
-        Candidate(tile(64, 64, 4, 2, True), True),
-        Candidate(tile(64, 64, 4, 2, True, True), True),
-        Candidate(tile(128, 128, 4, 2, False), True),  # specialised warps from here
-        Candidate(tile(128, 64, 4, 3, False), True),
-    ]
+    found = [Candidate(tile(64, 64, 4, 2)), Candidate(tile(64, 64, 4, 2), True)]
     if dim == 64:
-        found.append(Candidate(tile(128, 128, 8, 3, True)))
-        found.append(Candidate(tile(128, 128, 4, 3, False), True))
+        found += [
+            Candidate(tile(128, 64, 4, 3)),
+            Candidate(tile(128, 64, 4, 3), True),
+            Candidate(tile(128, 64, 4, 2, 168), True),  # three programs a multiprocessor
+            Candidate(tile(128, 64, 8, 3), True),
+            Candidate(tile(128, 128, 8, 2), True),
+        ]
     else:
-        found.append(Candidate(tile(128, 64, 4, 4, False), True))
-    return found
+        # With 128 registers two programs of 8 warps share a multiprocessor.
+        found += [
+            Candidate(tile(64, 64, 4, 3)),
+            Candidate(tile(128, 64, 8, 3)),
+            Candidate(tile(128, 64, 8, 2, 128)),
+            Candidate(tile(128, 64, 8, 3), True),
+            Candidate(tile(128, 64, 8, 2, 128), True),
+            Candidate(tile(128, 64, 8, 2, 128, packed=False), True),
+            Candidate(tile(128, 32, 8, 4), True),
+        ]
+    # Specialised warps.
+    stages = [(128, 2), (128, 3), (64, 3)] if dim == 64 else [(128, 2), (64, 3), (64, 4)]
+    return found + [Candidate(tile(128, n, 4, count, packed=False), True) for n, count in stages]
 
 
 def decode_candidates(heads: Heads) -> list[Candidate]:
@@ -147,12 +155,18 @@ def decode_candidates(heads: Heads) -> list[Candidate]:
 
 def prefill_candidates(heads: Heads) -> list[Candidate]:
     group, dim = heads.query // heads.key, heads.dim
+
+    def tile(m: int, n: int, warps: int, stages: int, registers: int | None = None) -> Tile:
+        return Tile(m, m // group, n, dim, warps, stages, max_registers=registers)
+
     return [
-        Candidate(Tile(128, 128 // group, 64, dim, 8, 5)),
-        Candidate(Tile(128, 128 // group, 64, dim, 8, 7)),
-        Candidate(Tile(128, 128 // group, 64, dim, 8, 5, True)),
-        Candidate(Tile(64, 64 // group, 64, dim, 4, 5)),
-        Candidate(Tile(64, 64 // group, 64, dim, 4, 5, True)),
+        Candidate(tile(64, 64, 4, 3)),
+        Candidate(tile(64, 64, 4, 5)),
+        Candidate(tile(128, 64, 8, 5)),
+        Candidate(tile(128, 64, 8, 7)),
+        Candidate(tile(128, 64, 8, 3, 128)),
+        Candidate(tile(128, 32, 8, 5, 128)),
+        Candidate(tile(128, 32, 8, 7, 128)),
     ]
 
 

@@ -38,12 +38,12 @@ def compile_ahead(
 ) -> Compiled:
     """Compiles with every argument that is no constant as pointer, number or float by its name.
 
-    `constants` may hold num_warps, num_stages and launch_pdl, and names that the kernel does not
-    have. Pointers count as multiples of 16 bytes, as torch's are, and so do the numbers named in
-    `aligned`.
+    `constants` may hold num_warps, num_stages, maxnreg and launch_pdl, and names that the kernel
+    does not have. Pointers count as multiples of 16 bytes, as torch's are, and so do the numbers
+    named in `aligned`.
     """
-    kinds = ("num_warps", "num_stages", "launch_pdl")
-    options = {name: constants[name] for name in kinds if name in constants}
+    names = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
+    options = {name: constants[name] for name in names if name in constants}
     constants = {name: constants[name] for name in kernel.arg_names if name in constants}
 
     def type_of(name: str) -> str:
