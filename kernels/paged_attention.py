@@ -5,6 +5,7 @@ that share a key/value head, D head dim, N cache blocks, B tokens a block, W blo
 have (the block table's width), L keys of one sequence, P parts its keys are split into.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -43,6 +44,7 @@ from minigen.kernels.tiles import (
 )
 from minigen.kernels.triton_import import tl, triton
 
+PROMPT_ROWS = 64  # of a tile, at least, in a step that does not only decode
 MAX_SPLITS = 64  # the merge holds as many partial rows of D in registers
 
 
@@ -220,6 +222,7 @@ def _cuda(
     )
 
 
+@functools.cache  # a layer asks what all others ask, and the reckoning takes 60 us
 def choose_num_splits(num_programs: int, num_tiles: int, num_slots: int) -> int:
     """Programs that a sequence's keys are divided among, for the least time by this reckoning.
 
@@ -241,6 +244,7 @@ def choose_num_splits(num_programs: int, num_tiles: int, num_slots: int) -> int:
     return best if steps(best) < 0.9 * steps(1) else 1
 
 
+@functools.cache
 def resident_programs(tile: Tile, itemsize: int, device: torch.device) -> int:
     """How many programs of a tile the GPU holds at once, by shared memory (decode is not short of
     registers), at most four a multiprocessor."""
@@ -285,8 +289,11 @@ def paged_attention_triton(
     group = num_heads // num_kv_heads
     itemsize = q_THD.element_size()
     if tile is None:
+        queries = -(-num_tokens // num_seqs)
+        # With some more than one query the mean says little: most sequences of a step with prompts
+        # decode, or are null ones that fill a captured step up, and the prompts are the work.
         tile = choose_tile(
-            -(-num_tokens // num_seqs),
+            queries if num_tokens == num_seqs else max(queries, PROMPT_ROWS // group),
             group,
             head_dim,
             itemsize,

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minigen.few_rows import few_rows_layer, serves_few_rows
 from minigen.graphs import (
     FIRST_WIDTH,
     HIDDEN,
@@ -211,10 +212,12 @@ class Runner:
         block_table_SW: Tensor,
     ) -> Tensor:
         """The same as `_hidden_step`, in functions that are compiled one by one."""
-        x_TE, *rope = self._begin(tokens_T, token_rows_T, positions_T)
-        sequences = cu_seqlens_S1, slots_T, kv_lens_S, block_table_SW
-        for block, caches in zip(self.model.blocks, self.caches, strict=True):
-            x_TE = self._layer(block, x_TE, *rope, *caches, *sequences)
+        x_TE, cos_TR, sin_TR = self._begin(tokens_T, token_rows_T, positions_T)
+        few = serves_few_rows(self.model.config, len(tokens_T), self.device)
+        layer = few_rows_layer if few else self._layer
+        kv = PagedKV(self.caches, slots_T, kv_lens_S, block_table_SW)
+        for i, block in enumerate(self.model.blocks):
+            x_TE = layer(block, x_TE, cos_TR, sin_TR, cu_seqlens_S1, kv.layer(i))
         return self._norm(x_TE)
 
     def _begin_step(
@@ -229,15 +232,10 @@ class Runner:
         x_TE: Tensor,
         cos_TR: Tensor,
         sin_TR: Tensor,
-        k_cache_NBKD: Tensor,
-        v_cache_NBKD: Tensor,
         cu_seqlens_S1: Tensor,
-        slots_T: Tensor,
-        kv_lens_S: Tensor,
-        block_table_SW: Tensor,
+        kv: LayerKV,
     ) -> Tensor:
         # Dense in, dense out: a jagged input would keep compiled code out of the cache on disk.
-        kv = LayerKV(k_cache_NBKD, v_cache_NBKD, slots_T, kv_lens_S, block_table_SW)
         return block(jagged(x_TE, cu_seqlens_S1), cos_TR, sin_TR, kv).values()
 
     def _head_step(self, hidden_TE: Tensor, last_R: Tensor, head: Any, *sampling: Tensor) -> Tensor:
@@ -323,12 +321,12 @@ class Runner:
             for tensor in tensors:
                 torch._dynamo.mark_dynamic(tensor, 0, min=2, max=self._most_tokens)
 
-        x_TE, *rope = begin(step.tokens_T, step.token_rows_T, step.positions_T)
-        mark(*rope)
-        sequences = step.cu_seqlens_S1, step.slots_T, step.kv_lens_S, step.block_table_SW
-        for block, caches in zip(self.model.blocks, self.caches, strict=True):
+        x_TE, cos_TR, sin_TR = begin(step.tokens_T, step.token_rows_T, step.positions_T)
+        mark(cos_TR, sin_TR)
+        kv = PagedKV(self.caches, step.slots_T, step.kv_lens_S, step.block_table_SW)
+        for i, block in enumerate(self.model.blocks):
             mark(x_TE)
-            x_TE = layer(block, x_TE, *rope, *caches, *sequences)  # pyright: ignore[reportCallIssue]
+            x_TE = layer(block, x_TE, cos_TR, sin_TR, step.cu_seqlens_S1, kv.layer(i))
         mark(x_TE)
         hidden_TE = norm(x_TE)
         self._begin, self._layer, self._norm = begin, layer, norm

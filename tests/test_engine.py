@@ -6,6 +6,7 @@ import json
 import random
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -29,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from minigen import LLM, SamplingParams
 from minigen.cache import BlockPool
 from minigen.engine import Engine
+from minigen.few_rows import MAX_ROWS, serves_few_rows
 from minigen.graphs import HIDDEN, CaptureError, DecodeGraphs, bucket_sizes
 from minigen.kernels import native
 from minigen.kernels.paged_attention import choose_num_splits
@@ -258,6 +260,34 @@ def test_the_fused_operator_changes_nothing(long_rope: bool, monkeypatch) -> Non
     monkeypatch.setattr("minigen.model.fuses_rope", lambda qkv_TXD: asked.append(qkv_TXD) or True)
     assert run(engine(long_rope=long_rope), many, params) == expected
     assert asked
+
+
+@pytest.mark.parametrize("long_rope", [False, True])
+def test_few_rows_give_what_the_layer_gives(long_rope: bool, monkeypatch) -> None:
+    many = [list(range(1, 1 + n)) for n in (1, 9, 17, 23)]
+    params = [SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)] * len(many)
+    expected = run(engine(long_rope=long_rope), many, params)
+    served = []
+
+    def serves(config, num_rows, device) -> bool:
+        few = num_rows <= MAX_ROWS and serves_few_rows(config, num_rows, torch.device("cuda"))
+        served.append(few)
+        return few
+
+    monkeypatch.setattr("minigen.runner.serves_few_rows", serves)
+    made = engine(long_rope=long_rope, decode_graphs=True)
+    made.runner._hidden = made.runner._hidden_by_layer
+    assert run(made, many, params) == expected
+    assert {True, False} == set(served)
+
+
+def test_few_rows_are_for_models_whose_layer_it_is() -> None:
+    cuda, config = torch.device("cuda"), decoder().config
+    assert serves_few_rows(config, MAX_ROWS, cuda)
+    assert not serves_few_rows(config, MAX_ROWS + 1, cuda)
+    assert not serves_few_rows(config, 1, torch.device("cpu"))
+    for change in ({"activation": "gelu"}, {"post_norms": True}, {"intermediate_size": 20000}):
+        assert not serves_few_rows(replace(config, **change), 1, cuda)
 
 
 class FakeStream:

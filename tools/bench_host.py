@@ -15,8 +15,11 @@ from typing import Any
 import torch
 
 from minigen import LLM, SamplingParams
+from minigen.graphs import HIDDEN
 from minigen.measure import device_name, synchronize
 from minigen.report import print_document, table
+from minigen.sampling import SamplingTensors
+from minigen.step import StepSize
 from tools.common import model_config, parser, run, tokens_of
 
 WARM_STEPS = 20
@@ -29,8 +32,12 @@ def without_model(llm: LLM) -> LLM:
     hidden_TE = torch.zeros(runner.max_tokens + 2, width, dtype=llm.dtype, device=llm.device)
     runner._hidden = lambda tokens_T, *_: hidden_TE[: len(tokens_T)]
     runner._head = lambda hidden_TE, last_R, *_: drawn_R[: len(last_R)]
+
+    def replay(size: StepSize, sampling: SamplingTensors | None, head: str) -> torch.Tensor:
+        return hidden_TE if head == HIDDEN else drawn_R[: size.num_rows]
+
     assert runner._graphs is not None
-    runner._graphs.run = lambda size, *_: drawn_R[: size.num_rows]
+    runner._graphs.run = replay
     llm.engine.overlap = True
     return llm
 
@@ -42,9 +49,12 @@ def step_us(args: argparse.Namespace, batch: int, waiting: int = 0, mixed: bool 
     num_seqs = batch + 2 * mixed  # a prompt's row is free again a step later
     budget = args.max_num_batched_tokens
     blocks = batch * -(-length // args.block_size) + (2 * mixed + 1) * -(-budget // args.block_size)
+    config = model_config(args, "tiny")
+    if config is None:
+        raise ValueError("a step without a model needs a shape only: give --shape or --config")
     llm = without_model(
         LLM.from_config(
-            model_config(args, "tiny"),
+            config,
             dtype=args.dtype,
             device=args.device,
             compile="eager",
