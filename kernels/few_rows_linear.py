@@ -132,13 +132,14 @@ class LinearTile(NamedTuple):
 
 
 def choose_linear_tile(num_outputs: int, num_inputs: int, has_activation: bool) -> LinearTile:
-    """By reckoning: a thread holds 64 or 128 elements of the weight, and a GPU of 132
-    multiprocessors, which holds them all at once, gets four programs or more on each."""
+    """By reckoning: a thread holds 64 or 128 elements of the weight, and each of a GPU's 132
+    multiprocessors gets three programs or more, which wait for memory in turns. Two outputs or more
+    a program share the work that a row of x makes."""
     block_e = power_of_two(num_inputs)
     num_warps = min(max(block_e // 1024, 1), 8)
     held = block_e // (32 * num_warps) * (2 if has_activation else 1)
     block_f = max(128 // held, 1) if held >= 8 else 16
-    while block_f > 1 and num_outputs // block_f < 4 * 132:
+    while block_f > 1 and num_outputs // block_f < 3 * 132:
         block_f //= 2
     return LinearTile(min(block_f, 16), num_warps)
 
@@ -266,8 +267,12 @@ def few_rows_linear_kernel(
         wait_for_predecessor()
 
     is_output_F = first + tl.arange(0, BLOCK_F) < NUM_OUTPUTS
+    next_x_E = load_row(x_ptr, input_E, NUM_INPUTS, BLOCK_E)
     for t in tl.static_range(NUM_ROWS):  # pyright: ignore[reportGeneralTypeIssues]
-        x_E = load_row(x_ptr + t * x_stride_t, input_E, NUM_INPUTS, BLOCK_E).to(tl.float32)
+        x_E = next_x_E.to(tl.float32)
+        if t + 1 < NUM_ROWS:
+            # Asked for before the sums below: the compiler moves no load across their barriers.
+            next_x_E = load_row(x_ptr + (t + 1) * x_stride_t, input_E, NUM_INPUTS, BLOCK_E)
         scale = 1.0
         if HAS_NORM:
             scale = tl.rsqrt(tl.sum(x_E * x_E, 0) * (1.0 / NUM_INPUTS) + eps)

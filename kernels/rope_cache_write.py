@@ -9,6 +9,9 @@ Shapes: T packed tokens, H query heads, K key/value heads, X = H + 2K heads of t
 head dim, R rotated part of D, P rows of the rope tables, N cache blocks, B tokens a block.
 """
 
+import functools
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -238,9 +241,10 @@ def rope_cache_write_triton(
     return q_THD
 
 
+@functools.cache  # every layer of every step asks for the same
 def rope_constants(
     num_q_heads: int, num_kv_heads: int, head_dim: int, half: int, rotates: bool
-) -> dict[str, int]:
+) -> Mapping[str, int]:
     """What the kernel is compiled with: a head in parts a, b (the pairs) and the rest behind them.
 
     Without a rotation the whole head is "the rest".
@@ -248,9 +252,8 @@ def rope_constants(
     half = half if rotates else 0
     rest = head_dim - 2 * half
     block_half, block_rest = (power_of_two(part) if part else 0 for part in (half, rest))
-    # Rounded down to a power of two, as a tile must be.
-    heads = max(PROGRAM_ELEMENTS // power_of_two(2 * block_half + block_rest), 1)
-    block_heads = min(heads, power_of_two(num_kv_heads))
+    heads = max(PROGRAM_ELEMENTS // (2 * block_half + block_rest), 1)
+    block_heads = min(1 << (heads.bit_length() - 1), power_of_two(num_kv_heads))
     return {
         "NUM_Q_HEADS": num_q_heads,
         "NUM_KV_HEADS": num_kv_heads,

@@ -217,6 +217,7 @@ class Runner:
         layer = few_rows_layer if few else self._layer
         kv = PagedKV(self.caches, slots_T, kv_lens_S, block_table_SW)
         for i, block in enumerate(self.model.blocks):
+            assert isinstance(block, Block)
             x_TE = layer(block, x_TE, cos_TR, sin_TR, cu_seqlens_S1, kv.layer(i))
         return self._norm(x_TE)
 
@@ -325,6 +326,7 @@ class Runner:
         mark(cos_TR, sin_TR)
         kv = PagedKV(self.caches, step.slots_T, step.kv_lens_S, step.block_table_SW)
         for i, block in enumerate(self.model.blocks):
+            assert isinstance(block, Block)
             mark(x_TE)
             x_TE = layer(block, x_TE, cos_TR, sin_TR, step.cu_seqlens_S1, kv.layer(i))
         mark(x_TE)

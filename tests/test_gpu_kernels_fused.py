@@ -21,7 +21,7 @@ from minigen.kernels.few_rows_linear import (
     choose_linear_tile,
     few_rows_linear_triton,
 )
-from minigen.kernels.rope_cache_write import rope_cache_write_triton
+from minigen.kernels.rope_cache_write import rope_cache_write_triton, rope_constants
 from minigen.kernels.tiles import power_of_two
 from tests.attention_cases import assert_within
 from tests.fused_cases import (
@@ -100,11 +100,25 @@ def unwritten(problem: RopeProblem) -> dict[str, Tensor]:
 
 
 @example(dataclasses.replace(ROPE_CASE, rotates=False))
+@example(dataclasses.replace(ROPE_CASE, num_q_heads=8, num_kv_heads=8, head_dim=128))
 @example(ROPE_CASE)
 @given(rope_cases(DTYPES, 6 if INTERPRETED else 40))
 def test_rope_cache_write_equals_definition(case: RopeCase) -> None:
     problem = make_rope_problem(case, DEVICE)
     assert_rope(case, problem, rope_cache_write_triton(*problem))
+
+
+@given(st.integers(1, 64), st.integers(1, 256), st.data())
+def test_rope_programs_take_every_head(
+    num_kv_heads: int, head_dim: int, data: st.DataObject
+) -> None:
+    half = data.draw(st.integers(0, head_dim // 2))
+    constants = rope_constants(2 * num_kv_heads, num_kv_heads, head_dim, half, half > 0)
+    for name in ("BLOCK_HEADS", "BLOCK_HALF", "BLOCK_REST", "BLOCK_DIM"):
+        assert constants[name] in (0, power_of_two(constants[name]))
+    assert constants["NUM_Q_GROUPS"] * constants["BLOCK_HEADS"] >= 2 * num_kv_heads
+    assert constants["NUM_KV_GROUPS"] * constants["BLOCK_HEADS"] >= num_kv_heads
+    assert 2 * constants["BLOCK_HALF"] + constants["BLOCK_REST"] >= head_dim
 
 
 def test_rope_cache_write_ends_at_the_edges_of_tables_and_cache() -> None:

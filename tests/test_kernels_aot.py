@@ -287,9 +287,12 @@ def test_rope_cache_write(
     target_name: str, num_kv_heads: int, head_dim: int, half: int, rotates: bool
 ) -> None:
     for pdl in {False, target_name in ("sm_90", "sm_100")}:
-        constants = rope_constants(2 * num_kv_heads, num_kv_heads, head_dim, half, rotates)
-        constants |= {"HAS_NORM": head_dim != 64, "HAS_POSITIONS": head_dim == 64}
-        constants |= launch_options(pdl)
+        constants = {
+            **rope_constants(2 * num_kv_heads, num_kv_heads, head_dim, half, rotates),
+            **launch_options(pdl),
+            "HAS_NORM": head_dim != 64,
+            "HAS_POSITIONS": head_dim == 64,
+        }
         compiled = check(rope_cache_write_kernel, target_name, constants, "bf16", aligned=True)
         if target_name == "sm_90":
             # So that 20 programs of two warps and more fit a multiprocessor.
