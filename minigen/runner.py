@@ -453,7 +453,7 @@ class Runner:
         self._writer.write(host.step, chunks, size)
         batch.write(*host.sampling)
         buffers.upload(host)
-        sampling = SamplingTensors(*buffers.sampling, batch.mode, batch.needs_edits)
+        sampling = SamplingTensors.of(buffers.sampling, batch)
         result = self._timed(self._graphs.run, size, sampling, head)
         return buffers.step, sampling, result
 
