@@ -569,9 +569,7 @@ class Runner:
         self._writer.write(host.step, chunks, size)
         batch.write(*host.sampling)
         buffers.upload(host)
-        sampling = SamplingTensors(
-            *buffers.sampling, mode=batch.mode, needs_edits=batch.needs_edits
-        )
+        sampling = SamplingTensors.of(buffers.sampling, batch)
         result = self._timed(self._graphs.run, size, sampling, head)
         return buffers.step, sampling, result
 

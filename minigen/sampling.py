@@ -417,7 +417,16 @@ class SamplingTensors:
             packed = host.to(device, non_blocking=True)
         else:
             packed = into.copy_(host, non_blocking=True)
-        return cls(*cls.views(packed, num_rows), mode=batch.mode, needs_edits=batch.needs_edits)
+        return cls.of(cls.views(packed, num_rows), batch)
+
+    @classmethod
+    def of(cls, views: tuple[Tensor, ...], batch: RowBatch) -> SamplingTensors:
+        """Of tensors that `views` made."""
+        temperature_R, top_k_R, top_p_R, min_p_R, seed_R, sample_R, position_R = views
+        return cls(
+            temperature_R, top_k_R, top_p_R, min_p_R, seed_R, sample_R, position_R,
+            mode=batch.mode, needs_edits=batch.needs_edits,
+        )  # fmt: skip
 
     @staticmethod
     def views(packed: Tensor, num_rows: int) -> tuple[Tensor, ...]:

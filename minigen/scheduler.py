@@ -117,13 +117,9 @@ class Scheduler:
         """The next step's chunks, decoding sequences first; empty when nothing can run."""
         chunks: list[Chunk] = []
         prefilling: list[Sequence] = []
-        size, switch, caching = (
-            self.pool.block_size,
-            self.rope_switch,
-            self.pool.enable_prefix_caching,
-        )
-        # Every running sequence goes through here at every step: what `length`, `remaining`,
-        # `_grow` and `_take` would say of it is written out, which takes 0.4 us in place of 1.5.
+        size, caching = self.pool.block_size, self.pool.enable_prefix_caching
+        # Every running sequence goes through here at every step: what `length`, `remaining` and
+        # `_take` would do is written out, which takes 0.4 us a sequence in place of 1.5.
         for sequence in list(self.running):
             start, num_known = sequence.num_computed, len(sequence.tokens)
             length = num_known + sequence.num_pending
@@ -133,7 +129,7 @@ class Scheduler:
                 prefilling.append(sequence)
             elif sequence.samples and length >= sequence.max_length:
                 continue  # the last token was sampled; nothing follows it
-            elif 0 < switch < length and not sequence.long_rope:
+            elif 0 < self.rope_switch < length and not sequence.long_rope:
                 self._restart_long(sequence)
             elif length <= len(sequence.blocks) * size or self._grow(sequence):
                 sequence.num_computed = length

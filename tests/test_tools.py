@@ -307,6 +307,20 @@ def test_bench_refuses_what_cannot_be_timed(
     assert message in capsys.readouterr().err
 
 
+def test_bench_host_as_a_command() -> None:
+    sizes = ("--batch-size", 1, 3, "--waiting", 5, "--max-num-batched-tokens", 64)
+    done = run_tool("bench_host", *sizes, "--input-len", 20, "--steps", 5)
+    assert done.returncode == 0, done.stderr
+    rows = last_line(done.stdout)["rows"]
+    assert [(row["step"], row["batch"], row["waiting"]) for row in rows] == [
+        ("decode", 1, 0), ("decode", 3, 0), ("decode", 3, 5), ("mixed", 3, 0)
+    ]  # fmt: skip
+    assert all(0 < row["us"] < 1e6 for row in rows)
+    refused = run_tool("bench_host", "--batch-size", 64, "--max-num-batched-tokens", 64)
+    assert refused.returncode == 2
+    assert "--batch-size 64 leaves no room for a prompt" in refused.stderr
+
+
 def test_bench_nano_beside_transformers(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     short = [workloads.Request([1] * n, n) for n in (3, 9)]
     monkeypatch.setattr(workloads, "nano", lambda count, vocab_size: short[:count])

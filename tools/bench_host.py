@@ -44,14 +44,15 @@ def without_model(llm: LLM) -> LLM:
 
 def step_us(args: argparse.Namespace, batch: int, waiting: int = 0, mixed: bool = False) -> float:
     """The median of `--steps` steps that decode `batch` sequences."""
-    length = args.input_len + args.steps + WARM_STEPS + 8
-    num_steps = args.steps + WARM_STEPS
-    num_seqs = batch + 2 * mixed  # a prompt's row is free again a step later
-    budget = args.max_num_batched_tokens
-    blocks = batch * -(-length // args.block_size) + (2 * mixed + 1) * -(-budget // args.block_size)
     config = model_config(args, "tiny")
     if config is None:
-        raise ValueError("a step without a model needs a shape only: give --shape or --config")
+        raise ValueError("no weights are used: give --shape or --config in place of --model")
+    num_steps, budget = args.steps + WARM_STEPS, args.max_num_batched_tokens
+    # The first sequences decode while the others' prompts are computed, and none may end early.
+    prefills = -(-batch * args.input_len // (budget - batch)) + 2
+    length = args.input_len + prefills + num_steps
+    num_seqs = batch + 2 * mixed  # a prompt's row is free again a step later
+    blocks = batch * -(-length // args.block_size) + (2 * mixed + 1) * -(-budget // args.block_size)
     llm = without_model(
         LLM.from_config(
             config,
@@ -90,6 +91,7 @@ def step_us(args: argparse.Namespace, batch: int, waiting: int = 0, mixed: bool 
         engine.step()
         spans.append(time.perf_counter() - start)
         synchronize(llm.device)
+    assert sum(s.max_length == length for s in engine.scheduler.running) == batch
     return 1e6 * median(spans[WARM_STEPS:])
 
 
@@ -115,7 +117,8 @@ def main(args: argparse.Namespace) -> None:
 def arguments() -> argparse.ArgumentParser:
     made = parser("tools.bench_host", __doc__)
     made.set_defaults(device="cpu")
-    made.add_argument("--batch-size", type=int, nargs="+", default=[1, 8, 32, 128, 256])
+    sizes = [1, 8, 32, 128, 256]
+    made.add_argument("--batch-size", type=int, nargs="+", default=sizes, metavar="N")
     made.add_argument("--waiting", type=int, default=10_000, metavar="N", help="requests in a row")
     made.add_argument("--input-len", type=int, default=512, metavar="N", help="of each prompt")
     made.add_argument("--steps", type=int, default=200, metavar="N", help="that are timed")
