@@ -169,13 +169,18 @@ def varlen_attention_tma_kernel(
     in_tile_M = (row_M < BLOCK_Q * GROUP) & (query_M < num_queries)
     in_tile_MD = in_tile_M[:, None] & (dim_D < HEAD_DIM)[None, :]
     if GROUP == 1:
+        # The row is counted in the batch, not in the sequence, so that it is a value of its own:
+        # where Triton 3.6 and 3.7 give each group of warps its 64 rows, they add 64 to a
+        # descriptor's row for the second group, and then to all else that is computed from the
+        # same value. With `first_query` here, `query_M` was 64 too high there, and that group's
+        # rows were stored 64 rows late (`mappings.map(coordVal, ...)` in WSDataPartition.cpp).
         q_desc = tl.make_tensor_descriptor(
-            q_ptr + q_start.to(tl.int64) * q_stride_t + slot.to(tl.int64) * q_stride_h,
-            shape=[tl.maximum(num_queries, 1), HEAD_DIM],
+            q_ptr + slot.to(tl.int64) * q_stride_h,
+            shape=[tl.maximum(q_start + num_queries, 1), HEAD_DIM],
             strides=[q_stride_t, 1],
             block_shape=[BLOCK_M, BLOCK_D],
         )
-        q_MD = q_desc.load([first_query, 0])
+        q_MD = q_desc.load([q_start + first_query, 0])
     else:
         q_offset_MD = (token_M * q_stride_t + head_M.to(tl.int64) * q_stride_h)[:, None] + dim_D[
             None, :

@@ -54,6 +54,11 @@ LOGITS = "logits"
 # The compiler's bounds for usual settings, so that all of these share what the compile cache holds.
 # Low enough that no tensor of a step has more than 2^31 elements.
 MOST_TOKENS, MOST_ROWS = 8192, 2048
+# How often torch may compile a function anew before it refuses (by default 8 times). It counts the
+# engines of a process together, since they share two functions, and each that differs in dtype,
+# mode or model adds three heads. Raised only while an engine compiles: one that serves has nothing
+# to compile.
+MOST_COMPILATIONS = 1 << 16
 # Rows of prompt log-probabilities whose logits are held at once: 512 x 152k x 4 bytes = 0.3 GB.
 SCORE_ROWS = 512
 
@@ -275,6 +280,10 @@ class Runner:
             tag = f"minigen: T, S, W <= {bounds}"
             with (
                 torch.compiler.config.patch(cache_key_tag=tag),  # pyright: ignore[reportAttributeAccessIssue]
+                torch._dynamo.config.patch(  # pyright: ignore[reportAttributeAccessIssue]
+                    recompile_limit=MOST_COMPILATIONS,
+                    accumulated_recompile_limit=MOST_COMPILATIONS,
+                ),
                 torch.inference_mode(),
                 warnings.catch_warnings(),
             ):

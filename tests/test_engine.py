@@ -5,6 +5,7 @@ import functools
 import json
 import random
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -1103,6 +1104,38 @@ def test_one_compilation_serves_every_mix_of_lengths(by_layer: bool) -> None:
             ]
             assert run(made, group, drawn) == run(engine(), group, drawn)
     assert dynamo.counters["stats"]["unique_graphs"] == before
+
+
+def test_engines_do_not_use_up_each_others_compilations(monkeypatch) -> None:
+    """All engines of a process share the functions' code objects, on which dynamo counts."""
+    import torch._dynamo as dynamo
+
+    real = torch.compile
+    # What dynamo counts does not depend on what compiles its graphs: the quickest backend.
+    monkeypatch.setattr(
+        torch, "compile", lambda f, fullgraph, mode: real(f, fullgraph=fullgraph, backend="eager")
+    )
+    torch.compiler.reset()
+    counters, limit = dynamo.utils.counters["stats"], dynamo.config.recompile_limit
+    before = counters["unique_graphs"]
+    for dtype, width in ((torch.float32, 32), (torch.bfloat16, 32), (torch.float32, 48)):
+        hf = {**TINY, "hidden_size": width, "num_hidden_layers": 1}
+        model = Decoder.from_config(DecoderConfig.from_hf(hf), dtype=dtype, seed=3)
+        runner = Runner(model, num_blocks=31, block_size=4, max_num_seqs=8,
+                        max_num_batched_tokens=64)  # fmt: skip
+        runner.start_compiling(background=width == 48)
+        while runner.compile_status == "compiling":
+            time.sleep(0.01)
+        assert runner.compile_status == "ready"
+    # Four graphs an engine, of which three are heads: more heads than one code object may have.
+    compiled = counters["unique_graphs"]
+    assert compiled - before == 12
+    assert limit < 9
+    assert dynamo.config.recompile_limit == limit
+    made = Engine(runner, Scheduler(BlockPool(31, 4), 8, 64), None, [0], LIMIT)
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    assert run(made, [[5, 7, 9]], [params]) == [[greedy(model, [5, 7, 9], 6)]]
+    assert counters["unique_graphs"] == compiled
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 Compiling finds what the interpreter cannot: types, layouts, and tiles that exceed shared memory.
 """
 
+import re
 from typing import Any
 
 import pytest
@@ -134,15 +135,21 @@ def test_descriptors_are_taken_where_they_were_faster() -> None:
     assert not any(prefers_descriptors(4096, 128, other) for other in [(8, 0), (10, 0), (12, 0)])
 
 
-@pytest.mark.parametrize(("head_dim", "block_n"), [(64, 128), (96, 64), (128, 128)])
+@pytest.mark.parametrize(("head_dim", "block_n"), [(8, 32), (64, 128), (96, 64), (128, 128)])
 def test_warps_are_specialised_on_hopper(head_dim: int, block_n: int) -> None:
     """Triton drops what it cannot specialise without a word: a `while` in the kernel is enough."""
-    tile = Tile(128, 128, block_n, max(64, 1 << (head_dim - 1).bit_length()), 4, 2)
+    tile = Tile(128, 128, block_n, max(16, power_of_two(head_dim)), 4, 2)
     constants = varlen_constants(tile, 4, head_dim) | {"WARP_SPECIALIZE": True}
     compiled = check(varlen_attention_tma_kernel, "sm_90", constants, "bf16", True)
     assert compiled.warp_specialized
     assert compiled.num_warps == 12  # two groups that multiply, one that loads
     assert compiled.stack_bytes == 0
+    # The second group's rows are a range from 64. A number added there and not in the first group
+    # would be the offset of its rows, for a second time.
+    first, second = re.split(r"\n\s*partition\d+\(", compiled.ttgir)[1:]
+    assert "end = 128 : i32, start = 64 : i32" in second
+    additions = [len(re.findall(r"arith\.addi .*: i32\b", group)) for group in (first, second)]
+    assert additions[0] == additions[1]
 
 
 def programs_at_once(compiled: Compiled) -> int:

@@ -617,11 +617,17 @@ def test_tools_on_a_gpu(capsys) -> None:
     for batch, row in zip((1, 3), document["rows"], strict=True):
         assert row["output_tokens"] == 15 * batch
         check_steps(row)
-    document = tool_document(
-        "compare_batching", "--shape", "tiny", "--num-seqs", 4, "--max-len", 64,
-        "--decode-steps", 2, "--repeats", 1, "--lengths", "one-long", "--plot", "none",
-    )  # fmt: skip
-    assert all(value < 1e-3 for ways in document["agreement"].values() for value in ways.values())
+    few = ("--shape", "tiny", "--num-seqs", 4, "--max-len", 64, "--decode-steps", 2,
+           "--repeats", 1, "--lengths", "one-long", "--plot", "none")  # fmt: skip
+    # All phases are some twenty graphs, over two minutes of compiling beside other tests; a prefill
+    # is five.
+    for options, phases in ((("--compile", "eager"), 4), (("--phases", "prefill"), 1)):
+        document = tool_document("compare_batching", *few, *options)
+        assert len(document["rows"]) == 4 * phases
+        assert all(row["ms"] > 0 for row in document["rows"])
+        ways = document["agreement"]["one-long"]
+        assert len(ways) == 3
+        assert all(value < 1e-3 for value in ways.values())
     document = tool_document(
         "scale", *SMALL, "--batch-size", 1, 3, "--context", 256, "--num-steps", 4,
         "--waiting", 500, "--plot", "none",
