@@ -33,7 +33,7 @@ def test_every_sample_once_and_none_over_budget(lengths, batches) -> None:
 
 @given(seed=st.integers(0, 9), batches=st.integers(1, 3))
 def test_no_more_is_read_ahead_than_is_looked_at(seed, batches) -> None:
-    """The queue does not grow with the run: a plan of many epochs would take the time of their square."""
+    """The queue does not grow with the run: time would grow with its square."""
     lengths = np.random.default_rng(seed).integers(2, BUDGET, 4000)
     read = 0
 

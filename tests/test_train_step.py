@@ -279,7 +279,6 @@ def test_compiled_step(recompute) -> None:
 @pytest.mark.slow
 def test_compiled_step_within_ddp(tmp_path) -> None:
     """A layer whose gradients fill a bucket (the first holds 1 MiB) is not cut there."""
-    torch._dynamo.reset()
     changes = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 97}
     dist.init_process_group(
         "gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
@@ -288,6 +287,7 @@ def test_compiled_step_within_ddp(tmp_path) -> None:
         results = []
         # Two would be needed to add up gradients, not to cut graphs; the scale is two's.
         for ranks in (Ranks(), Ranks(0, 2)):
+            torch._dynamo.reset()
             model = training_model(11, changes=changes, compile="default")
             trainer = Trainer(model, FLAT, ranks=ranks, clip=0)
             batches = [random_batch(lengths, model.decoder.config) for lengths in ([5, 9], [7, 3])]
