@@ -65,15 +65,15 @@ def pack(
     """
     queue: list[int] = []
     while True:
-        tokens = int(lengths[queue].sum()) if queue else 0
         wanted = num_batches * budget
-        spare = 0
-        for sample in ids:
+        ends = np.cumsum(lengths[queue]) if queue else np.empty(0, np.int64)
+        tokens = int(ends[-1]) if queue else 0
+        # What an earlier group left counts, too, or the queue would grow from group to group.
+        spare = int((ends > wanted).sum())
+        while spare < LOOKAHEAD and (sample := next(ids, None)) is not None:
             queue.append(sample)
             tokens += int(lengths[sample])
             spare += tokens > wanted
-            if spare >= LOOKAHEAD:
-                break
         if not queue:
             return
         count = num_batches if tokens > wanted else -(-tokens // budget)

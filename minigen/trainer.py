@@ -12,7 +12,7 @@ import hashlib
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -270,7 +270,8 @@ class Trainer:
             run = self._run
             parallel = run if isinstance(run, DistributedDataParallel) else None
             with parallel.no_sync() if parallel and not last else nullcontext():
-                loss = run(*batch.to(self.device))
+                with _whole_graphs() if parallel else nullcontext():
+                    loss = run(*batch.to(self.device))
                 (loss * scale).backward()
             total += loss.detach()
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.clip or math.inf)
@@ -288,6 +289,16 @@ class Trainer:
             sums[0] += self.model(*batch.to(self.device))
             sums[1] += len(batch.targets_R)
         return sums
+
+
+def _whole_graphs() -> AbstractContextManager[None]:
+    """Keeps torch from cutting a layer's compiled code where a bucket of gradients is full.
+
+    It would, within `DistributedDataParallel`, and then fails on counts that are not fixed
+    (KeyError in torch 2.13). Compiled layer by layer there is nothing to gain by it: a layer's
+    gradients are sent while those of the layer below are computed.
+    """
+    return torch._dynamo.config.patch(optimize_ddp=False)
 
 
 def _seed(*numbers: int) -> int:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from minigen.flops import step_flops
 from minigen.model import DecoderConfig
-from minigen.packing import deal, epoch_order, pack, plan, stream
+from minigen.packing import LOOKAHEAD, deal, epoch_order, pack, plan, stream
 from minigen.shapes import SHAPES
 
 BUDGET = 32
@@ -29,6 +29,25 @@ def test_every_sample_once_and_none_over_budget(lengths, batches) -> None:
     for group in groups:
         assert len(group) <= batches
         assert all(lengths[batch].sum() <= BUDGET for batch in group)
+
+
+@given(seed=st.integers(0, 9), batches=st.integers(1, 3))
+def test_no_more_is_read_ahead_than_is_looked_at(seed, batches) -> None:
+    """The queue does not grow with the run: time would grow with its square."""
+    lengths = np.random.default_rng(seed).integers(2, BUDGET, 4000)
+    read = 0
+
+    def ids():
+        nonlocal read
+        for read in range(1, len(lengths) + 1):
+            yield read - 1
+
+    taken = 0
+    for group in pack(ids(), lengths, cost(lengths), BUDGET, batches):
+        # Besides what is looked at, one group's samples, of two tokens at least.
+        assert read - taken <= LOOKAHEAD + batches * BUDGET // 2 + 1
+        taken += sum(map(len, group))
+    assert taken == len(lengths)
 
 
 @given(

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,7 +14,7 @@ from torch import Tensor
 from minigen.batch import Batch
 from minigen.greedy import continue_greedily
 from minigen.model import Decoder
-from minigen.trainer import Schedule, Trainer, TrainingModel, initialise
+from minigen.trainer import Ranks, Schedule, Trainer, TrainingModel, initialise
 from tests.training_cases import random_batch, tiny_decoder
 
 FLAT = Schedule("constant", 1e-2, 100, 0)
@@ -273,3 +274,26 @@ def test_compiled_step(recompute) -> None:
         graphs.append(counters["stats"]["unique_graphs"])
     # All layers of one kind share one graph; the head's chunk is the other.
     assert graphs == [2] * 5
+
+
+@pytest.mark.slow
+def test_compiled_step_within_ddp(tmp_path) -> None:
+    """A layer whose gradients fill a bucket (the first holds 1 MiB) is not cut there."""
+    changes = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 97}
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
+    try:
+        results = []
+        # Two would be needed to add up gradients, not to cut graphs; the scale is two's.
+        for ranks in (Ranks(), Ranks(0, 2)):
+            torch._dynamo.reset()
+            model = training_model(11, changes=changes, compile="default")
+            trainer = Trainer(model, FLAT, ranks=ranks, clip=0)
+            batches = [random_batch(lengths, model.decoder.config) for lengths in ([5, 9], [7, 3])]
+            results.append([trainer.update([b], len(b.targets_R)) for b in batches])
+    finally:
+        dist.destroy_process_group()
+    for (loss, norm), (parallel_loss, parallel_norm) in zip(*results, strict=True):
+        torch.testing.assert_close(parallel_loss, loss, rtol=TOLERANCE, atol=0.0)
+        torch.testing.assert_close(parallel_norm, 2 * norm, rtol=TOLERANCE, atol=0.0)
