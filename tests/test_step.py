@@ -1,0 +1,88 @@
+"""A step's flat arrays, against a loop over tokens."""
+
+import random
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minigen.cache import BlockPool
+from minigen.scheduler import Chunk, Scheduler, Sequence
+from minigen.step import StepSize, StepWriter
+
+NUM_ROWS, BLOCK_SIZE, MOST_BLOCKS, LONG = 4, 2, 16, 100
+
+
+def expected(chunks: list[Chunk], size: StepSize) -> dict[str, list]:
+    """The oracle: token by token, then null ones."""
+    found: dict[str, list] = {
+        name: [] for name in ("tokens_T", "token_rows_T", "positions_T", "slots_T")
+    }
+    last, rows, offsets, kv_lens, table = [], [], [0], [], []
+    for sequence, start, length, samples in chunks:
+        for at in range(start, start + length):
+            known = at < len(sequence.tokens)
+            found["tokens_T"].append(sequence.tokens[at] if known else -1)
+            found["token_rows_T"].append(sequence.row)
+            found["positions_T"].append(at + LONG * sequence.long_rope)
+            block = sequence.blocks[at // BLOCK_SIZE]
+            found["slots_T"].append(block * BLOCK_SIZE + at % BLOCK_SIZE)
+        offsets.append(len(found["tokens_T"]))
+        kv_lens.append(start + length)
+        table.append(sequence.blocks + [0] * (size.width - len(sequence.blocks)))
+        if samples:
+            last.append(offsets[-1] - 1)
+            rows.append(sequence.row)
+    for name, null in (("tokens_T", 0), ("token_rows_T", NUM_ROWS), ("positions_T", 0)):
+        found[name] += [null] * (size.num_tokens - len(found[name]))
+    found["slots_T"] += [-1] * (size.num_tokens - len(found["slots_T"]))
+    for _ in range(size.num_seqs - len(chunks)):
+        offsets.append(min(offsets[-1] + 1, size.num_tokens))
+        kv_lens.append(0)
+        table.append([0] * size.width)
+    offsets[-1] = size.num_tokens
+    return {
+        **found,
+        "last_R": last + [0] * (size.num_rows - len(last)),
+        "rows_R": rows + [NUM_ROWS] * (size.num_rows - len(rows)),
+        "cu_seqlens_S1": offsets,
+        "kv_lens_S": kv_lens,
+        "block_table_SW": table,
+    }
+
+
+@given(st.integers(0, 2**32), st.booleans(), st.integers(0, 3))
+def test_a_written_step_is_the_schedulers(seed: int, overlap: bool, padding: int) -> None:
+    """Sequences grow, are preempted, end, and leave their rows to others."""
+    rng = random.Random(seed)
+    scheduler = Scheduler(BlockPool(MOST_BLOCKS, BLOCK_SIZE), NUM_ROWS, 9, rope_switch=12)
+    writer = StepWriter(NUM_ROWS, MOST_BLOCKS, BLOCK_SIZE, spare_row=NUM_ROWS, long_rope_row=LONG)
+    in_flight: list[list[Chunk]] = []
+    buffers: dict[StepSize, torch.Tensor] = {}  # with what the steps before left in them
+    for _ in range(40):
+        if rng.random() < 0.5 and len(scheduler.waiting) < 3:
+            prompt = [rng.randrange(3) for _ in range(rng.randint(1, 10))]
+            scheduler.add(Sequence(prompt, len(prompt) + rng.randint(1, 12)))
+        if rng.random() < 0.1 and scheduler.running:
+            scheduler.finish(rng.choice(scheduler.running))
+        chunks = scheduler.schedule()
+        if chunks:
+            least = StepSize.of(chunks)
+            size = StepSize(
+                least.num_tokens + padding, least.num_seqs + padding, least.num_rows + padding,
+                least.width * (1 + padding),
+            )  # fmt: skip
+            buffer = buffers.setdefault(size, torch.zeros(size.num_bytes, dtype=torch.uint8))
+            writer.write(size.arrays(buffer), chunks, size)
+            views = size.views(buffer)
+            for name, values in expected(chunks, size).items():
+                assert getattr(views, name).tolist() == values, name
+        in_flight.append(chunks)
+        while len(in_flight) > overlap:
+            for chunk in in_flight.pop(0):
+                sequence = chunk.sequence
+                if chunk.samples and not sequence.finished:
+                    sequence.num_pending -= 1
+                    sequence.tokens.append(rng.randrange(3))
+                    if len(sequence.tokens) == sequence.max_length:
+                        scheduler.finish(sequence)
