@@ -291,6 +291,37 @@ def check_few_rows_linear(
     _require_same_device(x_TE.device, weight=weight_GE)
 
 
+def check_draw_tokens(
+    logits_RV: Tensor,
+    temperature_R: Tensor,
+    min_p_R: Tensor,
+    seed_R: Tensor,
+    sample_R: Tensor,
+    position_R: Tensor,
+) -> None:
+    """Raises ValueError unless shapes, dtypes and devices agree."""
+    _require(logits_RV, "logits", 2, (torch.float32, torch.bfloat16, torch.float16))
+    if logits_RV.shape[1] < 1:
+        raise ValueError("logits must have at least one word to draw")
+    numbers = {
+        "temperature": (temperature_R, torch.float32),
+        "min_p": (min_p_R, torch.float32),
+        "seed": (seed_R, torch.int64),
+        "sample": (sample_R, torch.int64),
+        "position": (position_R, torch.int64),
+    }
+    for name, (tensor, dtype) in numbers.items():
+        _require(tensor, name, 1, (dtype,))
+        if tensor.shape[0] != logits_RV.shape[0] or tensor.stride(0) != 1:
+            raise ValueError(
+                f"{name} must be contiguous with one entry for each of {logits_RV.shape[0]} rows "
+                f"of logits, got {tensor.shape[0]}"
+            )
+    _require_same_device(
+        logits_RV.device, **{name: tensor for name, (tensor, _) in numbers.items()}
+    )
+
+
 def _check_caches(k_cache_NBKD: Tensor, v_cache_NBKD: Tensor, dtype: torch.dtype) -> None:
     _require(k_cache_NBKD, "k_cache", 4, (dtype,))
     _require(v_cache_NBKD, "v_cache", 4, (dtype,))

@@ -819,11 +819,15 @@ class Decoder(nn.Module):
         x_TE = self.embedded(tokens_T, self.embed.weight.dtype)
         return x_TE, self.cos_PR[positions_T], self.sin_PR[positions_T]
 
-    def logits(self, hidden_RE: Tensor) -> Tensor:
-        """fp32 logits [R, V] of the given rows, soft-capped where the family does so."""
-        logits_RV = self.lm_head(hidden_RE).float()
-        cap = self.config.logit_softcap
-        return cap * torch.tanh(logits_RV / cap) if cap else logits_RV
+    def logits(self, hidden_RE: Tensor, wide: bool = True) -> Tensor:
+        """fp32 logits [R, V] of the given rows, soft-capped where the family does so.
+
+        Not `wide`: in the dtype they are computed in, where nothing is done to them after.
+        """
+        logits_RV, cap = self.lm_head(hidden_RE), self.config.logit_softcap
+        if cap:
+            return cap * torch.tanh(logits_RV.float() / cap)
+        return logits_RV.float() if wide else logits_RV
 
     def forward(self, tokens_Sj: Tensor) -> Tensor:
         """Jagged token ids [S, j] -> jagged fp32 logits [S, j, V], no cache.

@@ -249,7 +249,7 @@ class Runner:
 
         Not both: a draw that gives no logits need not write them to memory as fp32.
         """
-        logits_RV = self.model.logits(hidden_TE[last_R])
+        logits_RV = self.model.logits(hidden_TE[last_R], wide=head == LOGITS)
         return logits_RV if head == LOGITS else draw(logits_RV, *sampling, mode=head)
 
     def start_compiling(self, background: bool) -> None:

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from minigen.kernels.draw_tokens import draw_tokens, draws_tokens
+
 GREEDY_BELOW = 1e-5  # vLLM's limit: a lower temperature is greedy
 MAX_CANDIDATES = 128  # the largest top_k that is served without sorting the vocabulary
 
@@ -492,9 +494,12 @@ def draw(
     or top-p has top_k <= MAX_CANDIDATES, "sort" for all. A function of tensors only: torch.compile
     takes it with fullgraph=True and any R. A row with NaN gives some id of the vocabulary.
     """
+    if mode in ("greedy", "plain") and draws_tokens(logits_RV):
+        numbers = temperature_R, min_p_R, seed_R, sample_R, position_R
+        return draw_tokens(logits_RV, *numbers, greedy=mode == "greedy")
     logits_RV = logits_RV.float()
     if mode == "greedy":
-        return _argmax(logits_RV)
+        return logits_RV.argmax(-1)
     is_greedy_R1 = temperature_R[:, None] == 0
     temperature_R1 = torch.where(is_greedy_R1, 1.0, temperature_R[:, None]).double()
 
@@ -535,26 +540,7 @@ def draw(
 
     race_RV = scaled_RV - _exponential(logits_RV.shape[1], seed_R, sample_R, position_R).log()
     race_RV = torch.where(logits_RV >= threshold_R1, race_RV, -math.inf)
-    return _argmax(torch.where(is_greedy_R1, logits_RV.double(), race_RV))
-
-
-def _argmax(x_RV: Tensor) -> Tensor:
-    """The index of each row's largest entry, the lowest of equal ones (of NaN, the first)."""
-    return _argmax_of_runs(x_RV) if x_RV.is_cuda else x_RV.argmax(-1)
-
-
-def _argmax_of_runs(x_RV: Tensor) -> Tensor:
-    """The same in two levels, runs of 1,024 and then what is largest in each.
-
-    Inductor gives a row to one program: 34 us for one of 151,936 entries on an H200. On a CPU,
-    which has few cores to share a row among, two levels take longer than one.
-    """
-    num_entries = x_RV.shape[1]
-    runs = pad(x_RV, (0, -num_entries % 1024), value=-math.inf).unflatten(1, (-1, 1024))
-    in_run_RL = runs.argmax(-1)
-    largest_RL = runs.gather(2, in_run_RL[..., None])[..., 0]
-    run_R1 = largest_RL.argmax(-1, keepdim=True)
-    return (1024 * run_R1 + in_run_RL.gather(1, run_R1))[:, 0]
+    return torch.where(is_greedy_R1, logits_RV.double(), race_RV).argmax(-1)
 
 
 def _sum_before(x_RC: Tensor) -> Tensor:

@@ -15,6 +15,12 @@ from triton.backends.compiler import GPUTarget
 
 from minigen.kernels.checks import Window
 from minigen.kernels.dependent_launch import launch_options
+from minigen.kernels.draw_tokens import (
+    RUN,
+    choose_kernel,
+    run_peaks_kernel,
+    run_scores_kernel,
+)
 from minigen.kernels.few_rows_linear import choose_linear_tile, few_rows_linear_kernel
 from minigen.kernels.kv_cache_write import kv_cache_write_kernel
 from minigen.kernels.paged_attention import merge_splits_kernel, paged_attention_kernel
@@ -335,3 +341,15 @@ def test_few_rows_linear(
             assert (compiled.stack_bytes or 0) == 0
             # A warp of more would leave fewer than eight on a multiprocessor.
             assert (compiled.registers or 0) <= 224
+
+
+@by_target
+@pytest.mark.parametrize("greedy", [False, True])
+def test_draw_tokens(target_name: str, greedy: bool) -> None:
+    constants = {"RUN": RUN, "BLOCK_C": 256, "GREEDY": greedy, "num_warps": 4}
+    for kernel in (run_peaks_kernel, run_scores_kernel, choose_kernel):
+        compiled = check(kernel, target_name, constants, "bf16")
+        if target_name == "sm_90":
+            if kernel is not choose_kernel:  # of which there is one a row
+                assert (compiled.registers or 0) <= 64  # eight programs a multiprocessor
+            assert (compiled.stack_bytes or 0) == 0, kernel

@@ -182,12 +182,15 @@ def test_few_rows_linear_refuses(change: dict[str, Any], message: str) -> None:
         few_rows_linear(*problem._replace(**change))
 
 
+INTERPRETED = ("tests/test_gpu_kernels_fused.py", "tests/test_gpu_draw_tokens.py")
+
+
 def test_triton_kernels_in_the_interpreter() -> None:
     """A process of its own: Triton reads the variable once, when it is imported."""
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider"]
     finished = subprocess.run(
-        [*command, "-k", "not registered", "tests/test_gpu_kernels_fused.py"],
+        [*command, "-k", "not registered", *INTERPRETED],
         cwd=Path(__file__).parent.parent,
         env=os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,

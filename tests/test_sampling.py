@@ -350,14 +350,6 @@ def lowest_of_largest(x_RV: Tensor) -> list[int]:
     return [row.index(max(row)) for row in rows]
 
 
-@pytest.mark.parametrize("size", [1, 2, 1000, 1023, 1024, 1025, 2048, 5000])
-def test_argmax_in_two_levels_is_the_lowest_of_the_largest(size):
-    x_RV = rows_with_ties(size)
-    for dtype in (torch.float32, torch.float64):
-        found_R = sampling._argmax_of_runs(x_RV.to(dtype))
-        assert found_R.tolist() == lowest_of_largest(x_RV) == x_RV.argmax(-1).tolist()
-
-
 # --- how often -----------------------------------------------------------------------------------
 
 

@@ -13,6 +13,11 @@ from triton.compiler import ASTSource, compile
 
 HOPPER = GPUTarget("cuda", 90, 32)
 FLOAT_ARGUMENTS = ("score_scale", "cap_scale", "scale", "eps", "norm_offset")
+INT64_POINTERS = ("slots", "positions", "seed", "sample", "position", "tokens")
+FLOAT32_POINTERS = (
+    "lse", "dlse", "shift", "delta", "part", "cos", "sin",
+    "peaks", "scores", "temperature", "min_p",
+)  # fmt: skip
 
 
 class Compiled(NamedTuple):
@@ -49,13 +54,11 @@ def compile_ahead(
     def type_of(name: str) -> str:
         if name in constants:
             return "constexpr"
-        if name in ("slots_ptr", "positions_ptr"):
+        if name.removesuffix("_ptr") in INT64_POINTERS:
             return "*i64"
         if name.startswith(("cu_seqlens", "kv_lens", "block_table")):
             return "*i32"
-        if name in ("lse_ptr", "dlse_ptr", "shift_ptr", "delta_ptr", "part_ptr"):
-            return "*fp32"
-        if name in ("cos_ptr", "sin_ptr"):
+        if name.removesuffix("_ptr") in FLOAT32_POINTERS:
             return "*fp32"
         if name.endswith("_ptr"):
             return f"*{floats}"
