@@ -173,6 +173,8 @@ def run(args: argparse.Namespace) -> int:
     llm = load(args, config)
     _serve(llm, [Request([1] * 8, 2)], 0.0)
     start_s = imported + time.perf_counter() - start
+    parts = {"import": imported, **llm.start_seconds}
+    parts["first step"] = start_s - sum(parts.values())
     started = Compilations.so_far()
 
     runner = llm.engine.runner
@@ -195,6 +197,7 @@ def run(args: argparse.Namespace) -> int:
         "compile": args.compile,
         "compile_status": llm.compile_status,
         "start_s": start_s,
+        "start_parts_s": parts,
         "start": started.start,
         "compiled_graphs": started.graphs,
         "recompilations": Compilations.so_far().graphs - started.graphs,
@@ -566,8 +569,12 @@ def _run_start(args: argparse.Namespace) -> int:
         for name in ("cold", "warm"):
             found[name] = run_process([*SHORTEST, *model_arguments(args)], Path(folder))
             shown.update()
-    rows = [[name, found[name]["start_s"], found[name]["start"]] for name in found]
-    print(table(["start", "seconds to the first token", "compile cache"], rows))
+    parts = list(found["warm"]["start_parts_s"])
+    rows = [
+        [name, run["start_s"], *run["start_parts_s"].values(), run["start"]]
+        for name, run in found.items()
+    ]
+    print(table(["start", "seconds to the first token", *parts, "compile cache"], rows))
     shared = ("model", "parameters", "device", "torch", "python", "dtype", "compile")
     document = {
         "command": "bench",
@@ -577,6 +584,8 @@ def _run_start(args: argparse.Namespace) -> int:
         "cold_s": found["cold"]["start_s"],
         "warm_s": found["warm"]["start_s"],
         "warm_start": found["warm"]["start"],
+        "cold_parts_s": found["cold"]["start_parts_s"],
+        "warm_parts_s": found["warm"]["start_parts_s"],
     }
     print_document(document)
     return cli.EXIT_OK
@@ -700,7 +709,8 @@ def _print_summary(document: dict[str, Any]) -> None:
     )
     print(
         f"start {document['start_s']:.1f} s ({document['start']}), {document['compiled_graphs']} "
-        f"graphs, {document['recompilations']} more while running"
+        f"graphs, {document['recompilations']} more while running; "
+        + ", ".join(f"{part} {s:.1f} s" for part, s in document["start_parts_s"].items())
     )
     print(
         f"memory: weights {memory['weight_bytes'] * gb:.3g} GB, cache "

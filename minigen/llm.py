@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -99,6 +100,17 @@ class LLM:
                 "a share between 0 and 1 is needed"
             )
         self.device = device_of(device)
+        # Of a start: "load", "compile" and "capture", in seconds.
+        self.start_seconds: dict[str, float] = {}
+        began = time.perf_counter()
+
+        def passed(part: str) -> None:
+            nonlocal began
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            now = time.perf_counter()
+            self.start_seconds[part], began = now - began, now
+
         decoder = self._load(model, _dtype(dtype), max_model_len, progress)
         self.config, self.dtype = decoder.config, decoder.embed.weight.dtype
         config, wanted = self.config, decoder.max_length
@@ -147,6 +159,7 @@ class LLM:
             self._runner, scheduler, self.tokenizer, self._eos_ids(), self.max_model_len, seed
         )
         self._ids = itertools.count()
+        passed("load")
         if compile != "eager":
             bar = progress and not compile_in_background
             with tqdm(
@@ -159,11 +172,13 @@ class LLM:
                     f"the step could not be compiled and runs uncompiled ({self.compile_status})",
                     stacklevel=2,
                 )
+        passed("compile")
         if not compile_in_background and self._runner.num_captures:
             captures = self._runner.capture_steps()
             total = self._runner.num_captures
             for _ in tqdm(captures, desc="Capturing", total=total, disable=not progress):
                 pass
+        passed("capture")
 
     @classmethod
     def from_config(

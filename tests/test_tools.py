@@ -274,6 +274,10 @@ def test_bench_fixed_as_a_command() -> None:
     document = last_line(done.stdout)
     assert (document["workload"], document["model"]) == ("fixed", "tiny")
     assert document["start"] == "uncompiled"
+    parts = document["start_parts_s"]
+    assert set(parts) == {"import", "load", "compile", "capture", "first step"}
+    assert min(parts.values()) >= 0
+    assert sum(parts.values()) == pytest.approx(document["start_s"], rel=1e-4)
     assert document["recompilations"] == 0
     assert document["memory"]["cache_bytes"] == 64 * 16 * 2 * 2 * 2 * 16 * 4
     # Python and torch, not the half gigabyte tensors that the bandwidth is measured with.
