@@ -44,7 +44,13 @@ from minigen.kernels.tiles import (
 )
 from minigen.kernels.triton_import import tl, triton
 
-PROMPT_ROWS = 64  # of a tile, at least, in a step that does not only decode
+# Rows of a tile, at least, in a step that does not only decode. 128, the best for prompts alone
+# (`choose_tile`), would multiply 64 more rows of zeros for every sequence that decodes. A prompt of
+# 1,800 tokens beside 248 that decode at 800 keys (16/8 heads of 128, H200, by the rates of prefill:
+# 0.73 us of a multiprocessor for a tile of keys at 64 rows, 1.18 at 128): 44 and 38 us for the
+# prompt, 143 and 231 for the tiles of the others, whose bytes take 193. 64 rows win from 20 to 40
+# such sequences on; the mean takes 128 below 64 sequences (group 2).
+PROMPT_ROWS = 64
 MAX_SPLITS = 64  # the merge holds as many partial rows of D in registers
 
 
@@ -246,15 +252,17 @@ def choose_num_splits(num_programs: int, num_tiles: int, num_slots: int) -> int:
 
 @functools.cache
 def resident_programs(tile: Tile, itemsize: int, device: torch.device) -> int:
-    """How many programs of a tile the GPU holds at once, by shared memory (decode is not short of
-    registers), at most four a multiprocessor."""
+    """How many programs of a tile the GPU holds at once, by shared memory (registers suffice for as
+    many), at most four a multiprocessor."""
     if device.type != "cuda":
         return 1
     properties = torch.cuda.get_device_properties(device)
     buffers = max((tile.num_stages - 1) // 2, 1)
-    buffer_bytes = 2 * buffers * tile.block_n * tile.block_d * itemsize
-    # Queries, weights and table entries take a little more: 6 KiB at 16 rows of 128.
-    per_sm = properties.shared_memory_per_multiprocessor // (buffer_bytes + 8192)
+    keys = 2 * buffers * tile.block_n * tile.block_d
+    queries_and_weights = tile.block_m * (tile.block_d + tile.block_n)
+    # Entries of the table, and 1 KiB that CUDA takes.
+    program_bytes = (keys + queries_and_weights) * itemsize + 2048
+    per_sm = properties.shared_memory_per_multiprocessor // program_bytes
     return properties.multi_processor_count * min(max(per_sm, 1), 4)
 
 

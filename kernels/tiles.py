@@ -20,6 +20,7 @@ from minigen.kernels.triton_import import tl, triton
 LOG2_E = math.log2(math.e)
 # What every GPU since sm_80 grants a program (sm_86 and sm_89 least); the launcher asks the device.
 LEAST_SHARED_BYTES = 99 * 1024
+HOPPER_SHARED_BYTES = 227 * 1024  # no AMD GPU has as much
 
 
 class Tile(NamedTuple):
@@ -61,12 +62,19 @@ def choose_tile(
     tiles in flight, seen in TTGIR, where it holds num_stages tiles of keys at known addresses. With
     64 KiB (AMD, whose pipeliner counts otherwise) num_stages stays what surely fits.
 
-    With heads of 128, two programs of 64 rows share a multiprocessor, and one waits while the other
-    computes; 128 rows read keys half as often. H200, 32/8 heads, TFLOP/s of 64 rows and of 128:
+    With heads of 128, two programs should share a multiprocessor: one waits while the other
+    computes. Those of 128 rows read keys half as often as those of 64, and fit twice into 128
+    registers a thread; without descriptors (`choose_descriptor_tile`) only `paged` ones gain by it.
+    H200, 32/8 heads, TFLOP/s, by rows, warps and tiles of keys in flight; * 128 registers:
 
-                      16 x 512   64 of mean 298   16 x 1024   4 x 4096   1 x 16384
-        varlen         226, 209        283, 270    309, 304   415, 442    421, 472
-        paged          207, 193        273, 249    302, 284   418, 409    421, 449
+                         16 x 512   64 of mean 298   16 x 1024   4 x 4096   1 x 16384
+        varlen  64 4 2        234              285         309        393         404
+                64 4 3        241              307         325        424         440
+               128 8 3        232              292         324        428         472
+               128 8 2 *      223              286         315        395         420
+        paged   64 4 2        223              280         300        379         398
+               128 8 2        203              253         281        380         404
+               128 8 1 *      244              319         345        471         471
 
     Exact float32 products run on no tensor core and keep their factors in registers: larger tiles
     than these put 7 to 23 KB a thread on the stack (sm_90, Triton 3.6).
@@ -74,21 +82,34 @@ def choose_tile(
     block_d = max(16, power_of_two(head_dim))
     row_bytes = block_d * itemsize
     exact = itemsize >= 4
-    half_tile = not exact and row_bytes == 256 and (paged or queries <= 2048)
+    heads_of_128 = row_bytes == 256 and not exact
+    few_registers = paged and heads_of_128 and shared_bytes >= HOPPER_SHARED_BYTES
+    half_tile = heads_of_128 and not few_registers and (paged or queries <= 2048)
     most_rows = 32 if exact else 64 if row_bytes > 256 or half_tile else 128
     block_m = min(max(16, power_of_two(queries * group)), most_rows)
     block_m = max(block_m, power_of_two(group))
+    few_registers &= block_m == 128
     block_n = 16 if exact else 64 if row_bytes <= 256 else 32
     # Besides queries and keys: weights on their way to the second product, entries of the table.
     spare_bytes = shared_bytes - block_m * row_bytes - (8 * 1024 if paged else 0)
     # Two tiles in flight let three decode programs of head dim 128 share a multiprocessor, and two
-    # of 64 rows.
-    most_buffers = 2 if (paged and block_m <= 32) or (half_tile and block_m == 64) else 3
+    # of 64 rows; one lets two of 128 rows.
+    rows_of_two = 64 if heads_of_128 else 32
+    most_buffers = 1 if few_registers else 2 if paged and block_m <= rows_of_two else 3
     buffers = min(max(spare_bytes, 0) // (2 * block_n * row_bytes), most_buffers)
     counts_pairs = paged and shared_bytes > 64 * 1024
     num_stages = 2 * buffers + 1 if counts_pairs else max(buffers, 1)
     num_warps = 8 if block_m * block_d >= (32 if exact else 128) * 128 else 4
-    return Tile(block_m, block_m // group, block_n, block_d, num_warps, num_stages, block_m <= 32)
+    return Tile(
+        block_m,
+        block_m // group,
+        block_n,
+        block_d,
+        num_warps,
+        num_stages,
+        mask_all=block_m <= 32,
+        max_registers=128 if few_registers else None,
+    )
 
 
 def shared_bytes_of(device: torch.device) -> int:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from minigen.kernels.tiles import (
+    HOPPER_SHARED_BYTES,
     Tile,
     find_queries,
     key_range,
@@ -48,11 +49,15 @@ def fits_tensor_descriptors(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> bool
 def prefers_descriptors(queries: int, head_dim: int, capability: tuple[int, int]) -> bool:
     """Whether this kernel is the faster one for sequences of about `queries` queries each.
 
-    H200, 32/8 heads of 128, TFLOP/s with and without descriptors: 1 x 16384 519 and 472, 4 x 4096
-    462 and 442, 16 x 1024 287 and 309, 16 x 512 190 and 226. A program first writes its two
-    descriptors, about 1.7 us. At head dim 64 it is at most as fast: 398 and 407 at 4 x 4096.
+    H200, 32/8 heads of 128, TFLOP/s with descriptors and of the best tile without: 1 x 16384 492
+    and 472, 4 x 4096 518 and 428, 16 x 1024 366 and 325, 16 x 512 250 and 241, 64 sequences of mean
+    298 335 and 307. A program first writes its two descriptors, about 1.7 us, so that shorter
+    sequences, which were not measured, should gain nothing. Heads of 64: 437 and 420, 398 and 398,
+    275 and 300. Some of AMD's GPUs have capability 9, too, and no bulk copies.
     """
-    return capability[0] == 9 and 64 < head_dim <= 128 and queries > 2048
+    if capability[0] != 9 or torch.version.hip is not None:
+        return False
+    return 64 <= head_dim <= 128 and queries >= (4096 if head_dim == 64 else 256)
 
 
 def choose_descriptor_tile(
@@ -60,16 +65,30 @@ def choose_descriptor_tile(
 ) -> Tile:
     """Tile without specialised warps.
 
-    128 x 64 in 8 warps, three tiles in flight, was the fastest at head dim 128 (H200, TFLOP/s at
-    4 x 4096 and 1 x 16384): 462 and 519, 128 x 128 426 and 443, 64 x 64 in 4 warps 413 and 419. At
-    64 two programs share a multiprocessor (111 registers).
+    At head dim 128, 128 registers a thread and two tiles of keys let two programs of 128 x 64 in 8
+    warps share a multiprocessor. H200, TFLOP/s of two programs and of one with three tiles:
+
+                      16 x 512   64 of mean 298   16 x 1024   4 x 4096   1 x 16384
+        32/8 heads    250, 193         335, 257    366, 291   518, 445    492, 503
+        16/8 heads                     300, 244    335, 288   493, 458    521, 506
+
+    At 64 two share it anyway (111 registers).
     """
     block_d = max(16, power_of_two(head_dim))
     block_m, block_n = 128, 64
     row_bytes = block_d * itemsize
+    two_share = row_bytes == 256 and shared_bytes >= HOPPER_SHARED_BYTES
+    most_stages = 2 if two_share or block_d > 128 else 3
     num_stages = max((shared_bytes - block_m * row_bytes - 4096) // (2 * block_n * row_bytes), 1)
-    packed_q = block_m // group if group <= block_m else block_m
-    return Tile(block_m, packed_q, block_n, block_d, 8, min(num_stages, 3 if block_d <= 128 else 2))
+    return Tile(
+        block_m,
+        block_m // group if group <= block_m else block_m,
+        block_n,
+        block_d,
+        num_warps=8,
+        num_stages=min(num_stages, most_stages),
+        max_registers=128 if two_share else None,
+    )
 
 
 def launch_with_descriptors(

@@ -400,7 +400,7 @@ def test_every_tile_of_attention_is_loaded_before_requests_come(group: int) -> N
         chosen.add((tile.block_m, splits > 1))
 
     runner._load_kernels(hidden)  # pyright: ignore[reportArgumentType]
-    assert chosen == {(m, split) for m in (16, 32, 64) for split in (False, True)}
+    assert chosen == {(m, split) for m in (16, 32, 64, 128) for split in (False, True)}
 
 
 @pytest.mark.parametrize("mode", COMPILE_MODES)

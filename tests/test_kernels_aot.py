@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
@@ -129,16 +131,60 @@ def test_varlen_attention_with_descriptors(
     constants = varlen_constants(tile, group, head_dim, softcap) | {"WARP_SPECIALIZE": False}
     compiled = check(varlen_attention_tma_kernel, target_name, constants, "bf16", True)
     assert "async_tma_copy_global_to_local" in compiled.ttgir
-    if target_name == "sm_90" and softcap == 0:
-        assert compiled.stack_bytes == 0
+    if target_name == "sm_90":  # a padded head dim's masks do not fit 128 registers with the rest
+        assert (compiled.stack_bytes or 0) <= (96 if head_dim == 80 else 0)
 
 
 def test_descriptors_are_taken_where_they_were_faster() -> None:
-    """Measured on an H200: long sequences with heads of 128. Nothing is known of other GPUs."""
-    assert prefers_descriptors(4096, 128, (9, 0))
-    assert not prefers_descriptors(1024, 128, (9, 0))
-    assert not prefers_descriptors(4096, 64, (9, 0))
+    """Measured on an H200; nothing is known of other GPUs."""
+    assert all(prefers_descriptors(queries, 128, (9, 0)) for queries in (298, 512, 16384))
+    assert not prefers_descriptors(100, 128, (9, 0))
+    assert prefers_descriptors(4096, 64, (9, 0))
+    assert not prefers_descriptors(1024, 64, (9, 0))
+    assert not any(prefers_descriptors(4096, other, (9, 0)) for other in (32, 256))
     assert not any(prefers_descriptors(4096, 128, other) for other in [(8, 0), (10, 0), (12, 0)])
+
+
+def test_descriptors_are_left_to_nvidia(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An MI300 says that its capability is (9, 4)."""
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert not prefers_descriptors(4096, 128, (9, 4))
+
+
+@pytest.mark.parametrize("group", [1, 2, 4])
+def test_the_fastest_tiles_are_chosen(group: int) -> None:
+    """Measured on an H200, see `choose_tile` and `choose_descriptor_tile`."""
+    for queries in (298, 512, 1024, 4096, 16384):
+        descriptors = choose_descriptor_tile(queries, group, 128, 2, 227 * KIB)
+        assert descriptors == Tile(128, 128 // group, 64, 128, 8, 2, max_registers=128)
+        paged = choose_tile(queries, group, 128, 2, 227 * KIB, paged=True)
+        assert paged == Tile(128, 128 // group, 64, 128, 8, 3, max_registers=128)
+        heads_of_64 = choose_tile(queries, group, 64, 2, 227 * KIB)
+        assert heads_of_64 == Tile(128, 128 // group, 64, 64, 4, 3)
+
+
+@example(queries=32, group=2, head_dim=128, itemsize=2, shared_kib=227, paged=True)
+@example(queries=33, group=2, head_dim=128, itemsize=2, shared_kib=227, paged=True)
+@example(queries=33, group=2, head_dim=128, itemsize=2, shared_kib=160, paged=True)
+@given(
+    queries=st.integers(1, 20000),
+    group=st.sampled_from([1, 2, 3, 4, 8, 16]),
+    head_dim=st.sampled_from([16, 64, 80, 128, 256]),
+    itemsize=st.sampled_from([2, 4]),
+    shared_kib=st.sampled_from([64, 99, 160, 163, 227]),
+    paged=st.booleans(),
+)
+def test_registers_are_limited_where_two_programs_gain_by_it(
+    queries: int, group: int, head_dim: int, itemsize: int, shared_kib: int, paged: bool
+) -> None:
+    """AMD's compiler (64 and 160 KiB) knows no such limit; elsewhere it would only cost."""
+    tile = choose_tile(queries, group, head_dim, itemsize, shared_kib * KIB, paged)
+    of_128 = tile.block_d == 128 and itemsize == 2 and tile.block_m == 128
+    assert (tile.max_registers == 128) == (paged and of_128 and shared_kib == 227)
+    if itemsize == 2:
+        descriptors = choose_descriptor_tile(queries, group, head_dim, 2, shared_kib * KIB)
+        few = descriptors.block_d == 128 and shared_kib == 227
+        assert (descriptors.max_registers == 128) == few
 
 
 @pytest.mark.parametrize(("head_dim", "block_n"), [(8, 32), (64, 128), (96, 64), (128, 128)])
@@ -182,7 +228,8 @@ def test_no_tile_spills_on_hopper(group: int) -> None:
         constants = constants_for(tile, group, 128, Window(None, 0), 0.0)
         constants |= {"CACHE_BLOCK": 16, "IS_SPLIT": queries == 1, "NUM_KV_HEADS": 8}
         compiled = check(paged_attention_kernel, "sm_90", constants, "bf16", True)
-        assert (compiled.stack_bytes or 0) <= few_bytes
+        # With 128 registers it keeps 20, and the tile was the fastest all the same.
+        assert (compiled.stack_bytes or 0) <= (80 if tile.max_registers else few_bytes)
         assert programs_at_once(compiled) >= (3 if queries == 1 else 2)
         # Two tiles of keys in flight at least: with one, loads wait for the arithmetic.
         assert compiled.shared_bytes >= 2 * 2 * tile.block_n * 128 * 2
