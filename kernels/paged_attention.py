@@ -342,6 +342,7 @@ def paged_attention_triton(
             NUM_KV_HEADS=num_kv_heads,
             CACHE_BLOCK=block_size,
             IS_SPLIT=num_splits > 1,
+            ONE_QUERY_EACH=num_tokens == num_seqs,
         )
         if num_splits > 1:
             merge_splits_kernel[(num_tokens * num_heads,)](
@@ -395,6 +396,30 @@ def cache_rows(
         return cache_block_N.to(tl.int64) * CACHE_BLOCK + key_N % CACHE_BLOCK
 
 
+@triton.jit
+def guess_query(
+    cu_seqlens_ptr, kv_lens_ptr, block, num_seqs, LATEST_FIRST: tl.constexpr, BLOCK_Q: tl.constexpr
+):
+    """What `find_queries` finds, and the sequence's length, where each has one query most likely.
+
+    The search reads eight numbers one after the other for 256 sequences, 4 us of the 13 that 160
+    keys take (H200). As many queries as sequences are one for each in a step that decodes; any
+    other division is seen in the numbers that are needed anyway, and then searched.
+    """
+    # With one query each, sequence s begins at block s // BLOCK_Q + s.
+    seq = tl.minimum(block - block // (BLOCK_Q + 1), num_seqs - 1)
+    q_start = tl.load(cu_seqlens_ptr + seq)
+    num_queries = tl.load(cu_seqlens_ptr + seq + 1) - q_start
+    num_keys = tl.load(kv_lens_ptr + seq)
+    first_query = block - (q_start // BLOCK_Q + seq)
+    if (first_query != 0) | (num_queries != 1):
+        seq, q_start, num_queries, first_query = find_queries(
+            cu_seqlens_ptr, block, num_seqs, LATEST_FIRST, BLOCK_Q
+        )
+        num_keys = tl.load(kv_lens_ptr + seq)
+    return seq, q_start, num_queries, first_query, num_keys
+
+
 @triton.jit(
     do_not_specialize=[
         "num_tokens",
@@ -431,6 +456,7 @@ def paged_attention_kernel(
     NUM_KV_HEADS: tl.constexpr,
     CACHE_BLOCK: tl.constexpr,
     IS_SPLIT: tl.constexpr,
+    ONE_QUERY_EACH: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -448,12 +474,17 @@ def paged_attention_kernel(
     kv_head = tl.program_id(0) % NUM_KV_HEADS
     share = tl.program_id(0) // NUM_KV_HEADS
     split = share % num_splits
-    seq, q_start, num_queries, first_query = find_queries(
-        cu_seqlens_q_ptr, share // num_splits, num_seqs, HAS_RIGHT, BLOCK_Q
-    )
+    if ONE_QUERY_EACH:
+        seq, q_start, num_queries, first_query, num_keys = guess_query(
+            cu_seqlens_q_ptr, kv_lens_ptr, share // num_splits, num_seqs, HAS_RIGHT, BLOCK_Q
+        )
+    else:
+        seq, q_start, num_queries, first_query = find_queries(
+            cu_seqlens_q_ptr, share // num_splits, num_seqs, HAS_RIGHT, BLOCK_Q
+        )
+        num_keys = tl.load(kv_lens_ptr + seq)
     if first_query >= num_queries:
         return
-    num_keys = tl.load(kv_lens_ptr + seq)
 
     row_M = tl.arange(0, BLOCK_M)
     query_M = first_query + row_M // GROUP

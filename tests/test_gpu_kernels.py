@@ -169,6 +169,24 @@ def test_decode_equals_definition(case: Case, num_splits: int | None) -> None:
     assert_within(run_paged(case, qkv, num_splits), expected.out_THD, expected.out_error_THD)
 
 
+@given(
+    cases(DTYPES, MAX_LEN),
+    st.lists(st.integers(0, 8), min_size=1, max_size=9),
+    st.sampled_from([None, 1, 2]),
+)
+def test_as_many_queries_as_sequences_need_not_be_one_each(
+    case: Case, places: list[int], num_splits: int | None
+) -> None:
+    """Each query goes to some sequence: mostly none, one or two, and rarely one for all."""
+    num_seqs = len(places)
+    q_lens = tuple(sum(place % num_seqs == seq for place in places) for seq in range(num_seqs))
+    kv_lens = tuple(length + case.kv_lens[0] * (seq % 2) for seq, length in enumerate(q_lens))
+    case = dataclasses.replace(case, q_lens=q_lens, kv_lens=kv_lens)
+    qkv = make_qkv(case, DEVICE)
+    expected = reference(case, *qkv)
+    assert_within(run_paged(case, qkv, num_splits), expected.out_THD, expected.out_error_THD)
+
+
 @given(st.data(), cases(DTYPES, MAX_LEN).map(fewer))
 def test_varlen_with_any_tile_equals_definition(data: st.DataObject, case: Case) -> None:
     """Whole tiles and edges in their own loops or in one, heads packed into a tile or not."""

@@ -227,6 +227,7 @@ def test_no_tile_spills_on_hopper(group: int) -> None:
         tile = choose_tile(queries, group, 128, 2, shared_bytes, paged=True)
         constants = constants_for(tile, group, 128, Window(None, 0), 0.0)
         constants |= {"CACHE_BLOCK": 16, "IS_SPLIT": queries == 1, "NUM_KV_HEADS": 8}
+        constants |= {"ONE_QUERY_EACH": queries == 1}
         compiled = check(paged_attention_kernel, "sm_90", constants, "bf16", True)
         # With 128 registers it keeps 20, and the tile was the fastest all the same.
         assert (compiled.stack_bytes or 0) <= (80 if tile.max_registers else few_bytes)
@@ -266,6 +267,7 @@ def test_exact_products_fit_registers_on_hopper(head_dim: int) -> None:
         tile = choose_tile(queries, 2, head_dim, 4, shared_bytes, paged=True)
         constants = constants_for(tile, 2, head_dim, Window(None, 0), 0.0)
         constants |= {"CACHE_BLOCK": 16, "IS_SPLIT": queries == 1, "NUM_KV_HEADS": 8}
+        constants |= {"ONE_QUERY_EACH": queries == 1}
         compiled = check(paged_attention_kernel, "sm_90", constants, "fp32", True)
         assert (compiled.stack_bytes or 0) <= 64
 
@@ -311,6 +313,7 @@ def test_paged_attention(
     tile = choose_tile(queries, group, head_dim, dtype.itemsize, shared_bytes, paged=True)
     constants = constants_for(tile, group, head_dim, Window(100, 0), 0.0)
     constants |= {"CACHE_BLOCK": 16, "IS_SPLIT": queries == 1, "NUM_KV_HEADS": 8}
+    constants |= {"ONE_QUERY_EACH": queries == 1}
     check(paged_attention_kernel, target_name, constants, TRITON_TYPES[dtype])
 
 
@@ -319,6 +322,7 @@ def test_paged_attention_with_softcap(target_name: str) -> None:
     tile = choose_tile(200, 2, 256, 2, TARGETS[target_name][1], paged=True)
     constants = constants_for(tile, 2, 256, Window(4095, 0), 50.0)
     constants |= {"CACHE_BLOCK": 16, "IS_SPLIT": False, "NUM_KV_HEADS": 8}
+    constants |= {"ONE_QUERY_EACH": False}
     check(paged_attention_kernel, target_name, constants, "bf16")
 
 

@@ -673,7 +673,9 @@ def kernel_of(section: str, heads: Heads, candidate: Candidate) -> tuple[Any, di
         del constants[name]
     if section != "varlen":
         cache = {"NUM_KV_HEADS": heads.key, "CACHE_BLOCK": CACHE_BLOCK}
-        return paged_attention_kernel, constants | cache | {"IS_SPLIT": section == "decode"}
+        decodes = section == "decode"
+        cache |= {"IS_SPLIT": decodes, "ONE_QUERY_EACH": decodes}
+        return paged_attention_kernel, constants | cache
     constants["SLOTS_A_KEY_HEAD"] = group // packed
     if not candidate.descriptors:
         return varlen_attention_kernel, constants
