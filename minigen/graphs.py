@@ -62,7 +62,7 @@ def width_for(num_blocks: int) -> int:
 Captured = tuple[torch.cuda.CUDAGraph, Tensor]
 
 
-class DecodeGraphs:
+class StepGraphs:
     """Owns the buffers and graphs of decode steps, by batch size, table width and head.
 
     Graphs share their memory but for results, which last: tokens are small, logits are not (the

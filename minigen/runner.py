@@ -29,7 +29,7 @@ from minigen.graphs import (
     USUAL_WIDTH,
     WIDTH_STEP,
     CaptureError,
-    DecodeGraphs,
+    StepGraphs,
 )
 from minigen.kernels import native
 from minigen.model import Block, Decoder, LayerKV, PagedKV, jagged
@@ -170,11 +170,11 @@ class Runner:
         self._begin: Callable[..., tuple[Tensor, ...]] = self._begin_step
         self._layer: Callable[..., Tensor] = self._layer_step
         self._norm: Callable[[Tensor], Tensor] = self.model.norm
-        self._graphs: DecodeGraphs | None = None
+        self._graphs: StepGraphs | None = None
         if decode_graphs or (
             decode_graphs is None and self.device.type == "cuda" and compile == "default"
         ):
-            self._graphs = DecodeGraphs(
+            self._graphs = StepGraphs(
                 self._captured_call,
                 self._null_sampling,
                 self._write_null_step,

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._inductor.exc import InductorError
 
 from minigen.batch import make_batch
 from minigen.model import Decoder, DecoderConfig, jagged
@@ -250,6 +251,18 @@ def test_what_does_not_fit_once_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> 
     row = comparison.measure(UNPADDED)
     assert (row["ms"], row["error"]) == (None, "out of memory")
     assert all(p.grad is None for p in decoder.parameters())
+    assert comparison.measure(FLAT)["ms"] > 0
+
+
+def test_what_does_not_compile_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> torch.Tensor:
+        raise InductorError(AssertionError(""), None)
+
+    monkeypatch.setattr(padded, "unpadded_rectangle", fails)
+    comparison = StepComparison(small_decoder(), random_samples([7, 3]), FP32)
+    assert [name for name, value in comparison.check().items() if value is None] == ["unpadded"]
+    row = comparison.measure(UNPADDED)
+    assert (row["ms"], row["error"]) == (None, "does not compile (InductorError)")
     assert comparison.measure(FLAT)["ms"] > 0
 
 

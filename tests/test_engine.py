@@ -32,7 +32,7 @@ from minigen import LLM, SamplingParams
 from minigen.cache import BlockPool
 from minigen.engine import Engine
 from minigen.few_rows import MAX_ROWS, serves_few_rows
-from minigen.graphs import HIDDEN, CaptureError, DecodeGraphs, bucket_sizes
+from minigen.graphs import HIDDEN, CaptureError, StepGraphs, bucket_sizes
 from minigen.kernels import native
 from minigen.kernels.paged_attention import choose_num_splits
 from minigen.kernels.tiles import choose_tile
@@ -330,12 +330,12 @@ class FakeCuda:
         if self.fails:
             raise RuntimeError
 
-    def graphs(self) -> DecodeGraphs:
+    def graphs(self) -> StepGraphs:
         def call(step, sampling, head) -> torch.Tensor:
             self.calls.append(self.capturing)
             return step.rows_R
 
-        return DecodeGraphs(
+        return StepGraphs(
             call,
             lambda num_rows, head, into: SamplingTensors.from_rows([], 5, "cpu"),
             lambda into, size: None,
@@ -375,7 +375,7 @@ def test_no_captured_table_is_wider_than_what_is_compiled(
     model = SimpleNamespace(max_length=max_length)
     longest = min(num_blocks, -(-max_length // 16))
     none: Any = None
-    graphs = DecodeGraphs(none, none, none, 8, 64, longest, torch.device("cpu"))
+    graphs = StepGraphs(none, none, none, 8, 64, longest, torch.device("cpu"))
     has = data.draw(st.integers(1, longest))
     width = graphs.size_for(1, has).width
     assert has <= width == graphs.prompt_size_for(9, 1, has).width

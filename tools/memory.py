@@ -1,4 +1,4 @@
-"""What does not fit: telling it from other errors, and going on afterwards."""
+"""What does not fit or compile: telling it from other errors, and going on afterwards."""
 
 from __future__ import annotations
 
@@ -22,6 +22,17 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     text = str(error).lower()
     return isinstance(error, RuntimeError) and any(phrase in text for phrase in _PHRASES)
+
+
+def reason_to_leave_out(error: BaseException) -> str | None:
+    """Why something cannot be measured here, in few words; None for an error of another kind."""
+    from torch._dynamo.exc import TorchDynamoException  # the compiler takes a second to import
+
+    if is_out_of_memory(error):
+        return OUT_OF_MEMORY
+    if isinstance(error, TorchDynamoException):  # and Inductor's
+        return f"does not compile ({type(error).__name__})"
+    return None
 
 
 def release(device: torch.device) -> None:

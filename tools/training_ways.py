@@ -28,7 +28,7 @@ from tools.batching_ways import groups_of
 from tools.memory import (
     OUT_OF_MEMORY,
     extra_memory,
-    is_out_of_memory,
+    reason_to_leave_out,
     release,
     too_large_for_host,
 )
@@ -222,6 +222,7 @@ class StepComparison:
             for way in TRAINING_WAYS
         }  # fmt: skip
         self.checked: dict[str, tuple[float, float]] = {}
+        self.left_out: dict[str, str] = {}  # ways, and why
 
     @property
     def flop(self) -> float:
@@ -251,15 +252,16 @@ class StepComparison:
                     taken = extra_memory(lambda: self._gradients(FLAT), self.device)
                     self._drop_gradients()
                 elif too_large_for_host(self._estimate(way, taken), self.device):
-                    found[way.name] = None
+                    found[way.name], self.left_out[way.name] = None, OUT_OF_MEMORY
                     continue
                 loss, norm = self._gradients(way)
             except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                if way is FLAT:
+                reason = reason_to_leave_out(error)
+                if reason == OUT_OF_MEMORY and way is FLAT:
                     raise ValueError(TOO_LARGE) from None
-                found[way.name] = None
+                if reason is None or way is FLAT:
+                    raise
+                found[way.name], self.left_out[way.name] = None, reason
                 continue
             finally:
                 gradients = self._drop_gradients()
@@ -323,15 +325,16 @@ class StepComparison:
             **dict.fromkeys(("ms", "tokens_s", "tflop_s", "mfu", "peak_bytes")),
         }
         if way.name not in self.checked:
-            return {**row, "error": OUT_OF_MEMORY}
+            return {**row, "error": self.left_out[way.name]}
         release(self.device)
         try:
             return {**row, **self._timed(way, real)}
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
+            reason = reason_to_leave_out(error)
+            if reason is None:
                 raise
             # Where padding does not fit, that is the result.
-            return {**row, "error": OUT_OF_MEMORY}
+            return {**row, "error": reason}
         finally:
             self._drop_gradients()
 
