@@ -146,6 +146,8 @@ def test_filling() -> None:
         ("a: hi", "line 1: u: and a: must alternate"),
         ("u: hi\nu: hi", "line 2: u: and a: must alternate"),
         ("+: hi", "line 1: u: and a: must alternate"),
+        ("u: hi", "line 1: a block must end with what a: says"),
+        ("u: hi\na: x\nu: and\n\nu: hi\na: x", "line 3: a block must end with what a: says"),
         ("= a, b: x", "line 1: each alternative must give all of a, b a value"),
         ("\nwhat", "line 2 is none of"),
         ("weight 0", "line 1 is none of"),

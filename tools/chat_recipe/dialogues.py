@@ -58,6 +58,8 @@ class Dialogues:
             line = line.strip()
             head, _, rest = line.partition(" ")
             if not line:
+                if turns and turns[-1][0] == "user":
+                    raise ValueError(f"line {number - 1}: a block must end with what a: says")
                 if turns:
                     blocks.append(Block(tuple(turns), weight, recall))
                 turns, weight, recall = [], 1, None
@@ -114,7 +116,7 @@ class Dialogues:
     ) -> Iterator[dict[str, str]]:
         # Some conversations are left early, after an answer.
         pairs = len(block.turns) // 2
-        stop = 2 * pairs if rng.random() < 0.6 else 2 * rng.randint(1, max(pairs, 1))
+        stop = 2 * pairs if rng.random() < 0.6 else 2 * rng.randint(1, pairs)
         for role, parts in block.turns[:stop]:
             text = " ".join(rng.choice(alternatives) for alternatives in parts)
             if role == "user":
