@@ -85,6 +85,7 @@ FEW = Case(5, 1025, torch.bfloat16, 1.0, 1e-6, (0.6, 0.0), 0.0, 0)
 @example(FEW)
 @example(FEW._replace(spread=0.0, temperatures=(1.0,)))  # noise alone decides
 @example(FEW._replace(min_p=1.0, step=0.5))
+@example(FEW._replace(vocab_size=5000, min_p=1.0))  # a run of words that are not kept wins nothing
 def test_draws_what_the_definition_draws(case: Case) -> None:
     tensors = problem(case)
     assert drawn(tensors) == draw(*tensors, mode="plain").tolist()
