@@ -122,3 +122,13 @@ def _attend(
     out_QHD.view(num_queries, num_kv_heads, group, head_dim).copy_(out_KGQD.permute(2, 0, 1, 3))
     if lse_HQ is not None:
         lse_HQ.copy_(lse_KR.reshape(num_heads, num_queries))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+    """x [..., D] over its root mean square, times weight [D] + offset (arXiv 1910.07467).
+
+    Computed in float32, in the dtype of x.
+    """
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return (wide * (weight.float() + offset)).to(x.dtype)

@@ -19,6 +19,7 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from minigen.kernels.checks import check_few_rows_linear
+from minigen.kernels.cpu import rms_norm
 from minigen.kernels.dependent_launch import launch_options, wait_for_predecessor
 from minigen.kernels.tiles import on_device_of, power_of_two
 from minigen.kernels.triton_import import tl, triton
@@ -78,9 +79,7 @@ def _cpu(
 ) -> Tensor:
     check_few_rows_linear(x_TE, weight_GE, bias_G, residual_TF, norm_weight_E, activation)
     if norm_weight_E is not None:
-        wide = x_TE.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-        x_TE = (wide * (norm_weight_E.float() + norm_offset)).to(x_TE.dtype)
+        x_TE = rms_norm(x_TE, norm_weight_E, eps, norm_offset)
     out = functional.linear(x_TE, weight_GE, bias_G)
     if activation:
         gate, up = out.chunk(2, -1)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from minigen.kernels.checks import check_rope_cache_write, read_positions, read_slots
+from minigen.kernels.cpu import rms_norm
 from minigen.kernels.dependent_launch import launch_options, wait_for_predecessor
 from minigen.kernels.tiles import on_device_of, power_of_two
 from minigen.kernels.triton_import import tl, triton
@@ -114,7 +115,7 @@ def _cpu(
     heads = qkv_TXD.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads
     q_THD, k_TKD, v_TKD = qkv_TXD.split(heads, 1)
     if q_weight_D is not None and k_weight_D is not None:
-        q_THD, k_TKD = _normed(q_THD, q_weight_D, eps), _normed(k_TKD, k_weight_D, eps)
+        q_THD, k_TKD = rms_norm(q_THD, q_weight_D, eps), rms_norm(k_TKD, k_weight_D, eps)
     if rotates:
         if positions_T is not None:
             read_positions(positions_T, cos_PR.shape[0])
@@ -126,12 +127,6 @@ def _cpu(
     k_cache_NBKD.flatten(0, 1).index_copy_(0, slots_T, k_TKD)
     v_cache_NBKD.flatten(0, 1).index_copy_(0, slots_T, v_TKD)
     return q_THD.clone(memory_format=torch.contiguous_format)
-
-
-def _normed(x_THD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    wide = x_THD.float()
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return (wide * weight_D.float()).to(x_THD.dtype)
 
 
 def _rotated(x_THD: Tensor, cos_TR: Tensor, sin_TR: Tensor) -> Tensor:

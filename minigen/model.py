@@ -632,6 +632,19 @@ class Block(nn.Module):
         return jagged(F.dropout(x_SjE.values(), self.dropout), offsets_of(x_SjE))
 
 
+def packed_layer(
+    block: Block,
+    x_TE: Tensor,
+    cos_TR: Tensor,
+    sin_TR: Tensor,
+    cu_seqlens_S1: Tensor,
+    kv: LayerKV | None = None,
+) -> Tensor:
+    """The block over sequences that lie end to end."""
+    # Dense in, dense out: a jagged input would keep compiled code out of the cache on disk.
+    return block(jagged(x_TE, cu_seqlens_S1), cos_TR, sin_TR, kv).values()
+
+
 class Decoder(nn.Module):
     """A decoder-only language model on jagged tensors.
 
@@ -814,9 +827,14 @@ class Decoder(nn.Module):
             x_SjE = block(x_SjE, cos_TR, sin_TR, None if kv is None else kv.layer(i))
         return self.norm(x_SjE.values())
 
-    def begin(self, tokens_T: Tensor, positions_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What the first block takes: embeddings [T, E], the rope table's rows [T, R/2] twice."""
-        x_TE = self.embedded(tokens_T, self.embed.weight.dtype)
+    def begin(
+        self, tokens_T: Tensor, positions_T: Tensor, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What the first block takes: embeddings [T, E], the rope table's rows [T, R/2] twice.
+
+        `dtype` to compute in; default the weights'.
+        """
+        x_TE = self.embedded(tokens_T, dtype or self.embed.weight.dtype)
         return x_TE, self.cos_PR[positions_T], self.sin_PR[positions_T]
 
     def logits(self, hidden_RE: Tensor, wide: bool = True) -> Tensor:

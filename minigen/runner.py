@@ -32,7 +32,7 @@ from minigen.graphs import (
     StepGraphs,
 )
 from minigen.kernels import native
-from minigen.model import Block, Decoder, LayerKV, PagedKV, jagged
+from minigen.model import Block, Decoder, PagedKV, packed_layer
 from minigen.sampling import (
     Row,
     RowBatch,
@@ -168,7 +168,7 @@ class Runner:
         self._hidden: Callable[..., Tensor] = self._hidden_step
         self._head: Callable[..., Tensor] = self._head_step
         self._begin: Callable[..., tuple[Tensor, ...]] = self._begin_step
-        self._layer: Callable[..., Tensor] = self._layer_step
+        self._layer: Callable[..., Tensor] = packed_layer
         self._norm: Callable[[Tensor], Tensor] = self.model.norm
         self._graphs: StepGraphs | None = None
         if decode_graphs or (
@@ -231,18 +231,6 @@ class Runner:
     ) -> tuple[Tensor, ...]:
         tokens_T = torch.where(tokens_T < 0, self.last_tokens_M[token_rows_T], tokens_T)
         return self.model.begin(tokens_T, positions_T)
-
-    @staticmethod
-    def _layer_step(
-        block: Block,
-        x_TE: Tensor,
-        cos_TR: Tensor,
-        sin_TR: Tensor,
-        cu_seqlens_S1: Tensor,
-        kv: LayerKV,
-    ) -> Tensor:
-        # Dense in, dense out: a jagged input would keep compiled code out of the cache on disk.
-        return block(jagged(x_TE, cu_seqlens_S1), cos_TR, sin_TR, kv).values()
 
     def _head_step(self, hidden_TE: Tensor, last_R: Tensor, head: Any, *sampling: Tensor) -> Tensor:
         """What one of `COMPILED_DRAWS` draws [R], or the logits [R, V] that `LOGITS` asks for.
@@ -324,7 +312,7 @@ class Runner:
     def _compile_layer(self, step: StepTensors) -> Tensor:
         """Compiles what `_hidden_by_layer` calls, and runs it on a null step."""
         begin = torch.compile(self._begin_step, fullgraph=True)
-        layer = torch.compile(self._layer_step, fullgraph=True)
+        layer = torch.compile(packed_layer, fullgraph=True)
         norm = torch.compile(self.model.norm.forward, fullgraph=True)
 
         def mark(*tensors: Tensor) -> None:

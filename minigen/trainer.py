@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from minigen.batch import Batch
 from minigen.loss import chunk_loss, chunked_cross_entropy
-from minigen.model import Block, Decoder, jagged
+from minigen.model import Block, Decoder, packed_layer
 
 # Two of torch's modes capture CUDA graphs, which hold for one shape; a packed batch rarely has the
 # shape of the one before.
@@ -84,14 +84,6 @@ def initialise(decoder: Decoder, seed: int, std: float = INIT_STD) -> None:
                 parameter.normal_(0.0, residual_std if ends else std, generator=generator)
 
 
-def packed_layer(
-    block: Block, x_TE: Tensor, cos_TR: Tensor, sin_TR: Tensor, cu_seqlens_S1: Tensor
-) -> Tensor:
-    """The block over sequences that lie end to end."""
-    # Dense in, dense out: a jagged input would keep compiled code out of the cache on disk.
-    return block(jagged(x_TE, cu_seqlens_S1), cos_TR, sin_TR, None).values()
-
-
 class TrainingModel(nn.Module):
     """The decoder with its loss, compiled block by block.
 
@@ -140,8 +132,7 @@ class TrainingModel(nn.Module):
     def hidden(self, tokens_T: Tensor, positions_T: Tensor, *sequences: Tensor) -> Tensor:
         """Normed hidden states [T, E]; of the sequences the packed layer wants cu_seqlens_S1."""
         decoder = self.decoder
-        x_TE = decoder.embedded(tokens_T, self.dtype)
-        cos_TR, sin_TR = decoder.cos_PR[positions_T], decoder.sin_PR[positions_T]
+        x_TE, cos_TR, sin_TR = decoder.begin(tokens_T, positions_T, self.dtype)
         if self._compiled:
             for x in (cos_TR, sin_TR, *sequences):
                 torch._dynamo.maybe_mark_dynamic(x, 0)

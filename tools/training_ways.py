@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from minigen.batch import Batch, make_batch
 from minigen.flops import step_flops
 from minigen.measure import seconds_of
-from minigen.model import Attention, Block, Decoder
-from minigen.trainer import Layer, Schedule, Trainer, TrainingModel, packed_layer
+from minigen.model import Attention, Block, Decoder, packed_layer
+from minigen.trainer import Layer, Schedule, Trainer, TrainingModel
 from tools import padded
 from tools.batching_ways import groups_of
 from tools.memory import (
