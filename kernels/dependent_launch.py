@@ -7,9 +7,19 @@ is read before the wait (weights, tables, the step's positions) was written befo
 ordinary launch.
 """
 
+import functools
 from typing import Any
 
+import torch
+
 from minigen.kernels.triton_import import tl, triton
+
+
+@functools.cache
+def has_dependent_launch(device: torch.device) -> bool:
+    """Whether this GPU can: sm_90 and later (AMD's numbers are others)."""
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    return is_nvidia and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def launch_options(pdl: bool) -> dict[str, Any]:

@@ -7,7 +7,8 @@ the weight takes at full bandwidth): 1024 -> 4096 5.2 (2.1), 2048 -> 1024 9.9 (1
 multiprocessors without work. Here a program holds a few whole rows of the weight in registers, so
 that all of it is on its way at once, and multiplies them on plain arithmetic units by one row of x
 after another. By reckoning 8 rows take these units as long as reading the weight takes (1.1 us of
-multiply-adds for 4096 x 1024, and about as much around them), so that is the most.
+multiply-adds for 4096 x 1024, and about as much around them), so that is the most; from 5 on
+`few_rows_dot` multiplies bfloat16 on tensor cores.
 
 Shapes: T packed tokens, E inputs, F outputs, G rows of the weight (F, or 2F with an activation).
 """
@@ -20,11 +21,16 @@ from torch import Tensor
 
 from minigen.kernels.checks import check_few_rows_linear
 from minigen.kernels.cpu import rms_norm
-from minigen.kernels.dependent_launch import launch_options, wait_for_predecessor
+from minigen.kernels.dependent_launch import (
+    has_dependent_launch,
+    launch_options,
+    wait_for_predecessor,
+)
+from minigen.kernels.few_rows_dot import MAX_DOT_ROWS, DotTile, few_rows_dot_triton
 from minigen.kernels.tiles import on_device_of, power_of_two
 from minigen.kernels.triton_import import tl, triton
 
-MAX_ROWS = 8
+PLAIN_ROWS, MAX_PLAIN_ROWS = 4, 8  # on plain units by choice, and at most
 MAX_INPUTS = 16384  # wider rows would not fit the registers of eight warps
 
 
@@ -47,15 +53,15 @@ def few_rows_linear(
     root mean square, one number a row, is divided out of the sum of products.)
 
     Args:
-        x_TE: float16, bfloat16 or float32 (on the CPU also float64), on a GPU at most MAX_ROWS rows
-            of at most MAX_INPUTS.
+        x_TE: float16, bfloat16 or float32 (on the CPU also float64), on a GPU at most 8 rows
+            (bfloat16: 64) of at most MAX_INPUTS.
         weight_GE: contiguous, dtype of x. `bias_G`, `residual_TF`: of this dtype, too.
         norm_weight_E: weight of an RMS norm of x (arXiv 1910.07467), which `norm_offset` is added
             to (Gemma stores weight - 1) and whose `eps` this is; None for no norm.
         activation: "" for none; "silu" and "gelu_tanh" take the first half of the weight's rows for
             the gate and the second for what it is multiplied by: activation(gate) * up.
-        pdl: start while the kernel before still runs (sm_90 and later). It may write x and the
-            residual, but no weight: see `dependent_launch`.
+        pdl: start while the kernel before still runs, where the GPU can (sm_90
+            and later). It may write x and the residual, but no weight: see `dependent_launch`.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, an unknown activation.
@@ -118,9 +124,21 @@ def _cuda(
     pdl: bool,
 ) -> Tensor:
     check_few_rows_linear(x_TE, weight_GE, bias_G, residual_TF, norm_weight_E, activation)
+    pdl = pdl and has_dependent_launch(x_TE.device)
     return few_rows_linear_triton(
         x_TE, weight_GE, bias_G, residual_TF, norm_weight_E, eps, norm_offset, activation, pdl
     )
+
+
+def most_rows(dtype: torch.dtype) -> int:
+    """Rows of x that the kernels take."""
+    return MAX_DOT_ROWS if dtype == torch.bfloat16 else MAX_PLAIN_ROWS
+
+
+def multiplies_tiles(num_rows: int, dtype: torch.dtype) -> bool:
+    """Whether so many rows go to the tensor cores. There a row is multiplied by the norm's weight
+    before it is divided by its root mean square: in float16 that could overflow."""
+    return num_rows > PLAIN_ROWS and dtype == torch.bfloat16
 
 
 class LinearTile(NamedTuple):
@@ -153,18 +171,19 @@ def few_rows_linear_triton(
     norm_offset: float = 0.0,
     activation: str = "",
     pdl: bool = False,
-    tile: LinearTile | None = None,
+    tile: LinearTile | DotTile | None = None,
 ) -> Tensor:
     """Launches the kernel on checked arguments: on a GPU, or on the CPU in Triton's interpreter.
 
-    `pdl` needs a GPU of sm_90 or later. `tile` is chosen by size unless given. Raises ValueError
-    for more than MAX_ROWS rows or MAX_INPUTS inputs.
+    `pdl` needs a GPU of sm_90 or later. `tile` is chosen by size unless given, and says which
+    kernel it is for. Raises ValueError for more rows than `most_rows` or MAX_INPUTS inputs.
     """
     num_rows, num_inputs = x_TE.shape
-    if num_rows > MAX_ROWS or num_inputs > MAX_INPUTS:
+    most = MAX_DOT_ROWS if isinstance(tile, DotTile) else most_rows(x_TE.dtype)
+    if num_rows > most or num_inputs > MAX_INPUTS:
         raise ValueError(
-            f"x must have at most {MAX_ROWS} rows of at most {MAX_INPUTS} for few_rows_linear, got "
-            f"shape {tuple(x_TE.shape)}: use linear"
+            f"x of {x_TE.dtype} must have at most {most} rows of at most {MAX_INPUTS} for "
+            f"few_rows_linear, got shape {tuple(x_TE.shape)}: use linear"
         )
     if x_TE.stride(1) != 1:
         x_TE = x_TE.contiguous()
@@ -173,6 +192,12 @@ def few_rows_linear_triton(
     num_outputs = weight_GE.shape[0] // (2 if activation else 1)
     out_TF = x_TE.new_empty(num_rows, num_outputs)
     if out_TF.numel() == 0:
+        return out_TF
+    if isinstance(tile, DotTile) or (tile is None and multiplies_tiles(num_rows, x_TE.dtype)):
+        few_rows_dot_triton(
+            x_TE, weight_GE, bias_G, residual_TF, norm_weight_E, out_TF, eps, norm_offset,
+            activation, pdl, tile,
+        )  # fmt: skip
         return out_TF
     if tile is None:
         tile = choose_linear_tile(num_outputs, num_inputs, activation != "")

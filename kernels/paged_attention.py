@@ -22,6 +22,11 @@ from minigen.kernels.checks import (
     resolve_window,
 )
 from minigen.kernels.cpu import attend_sequence
+from minigen.kernels.dependent_launch import (
+    has_dependent_launch,
+    launch_options,
+    wait_for_predecessor,
+)
 from minigen.kernels.tiles import (
     Tile,
     choose_tile,
@@ -67,6 +72,7 @@ def paged_attention(
     softcap: float = 0.0,
     causal: bool = True,
     validate: bool = False,
+    pdl: bool = False,
 ) -> Tensor:
     """Attention of each sequence's queries over its keys in the cache: prefill, chunk and decode.
 
@@ -82,6 +88,9 @@ def paged_attention(
         block_table_SW: int32; entries beyond a sequence's last block are not read.
         scale, window_size, softcap, causal: as in `varlen_attention`.
         validate: read and check lengths and table on a GPU too, which waits for it.
+        pdl: start while the kernel before still runs, where the GPU can (sm_90
+            and later). It may write q and the caches, but neither lengths nor table: see
+            `dependent_launch`.
 
     Returns:
         `out_THD`, shape and dtype of `q_THD`. A query that sees no key has output 0.
@@ -119,6 +128,7 @@ def paged_attention(
         softcap,
         causal,
         validate,
+        pdl,
     )
 
 
@@ -135,6 +145,7 @@ def _cpu(
     softcap: float,
     causal: bool,
     validate: bool,
+    pdl: bool,
 ) -> Tensor:
     check_paged(q_THD, k_cache_NBKD, v_cache_NBKD, cu_seqlens_q, kv_lens_S, block_table_SW, softcap)
     window = resolve_window(causal, window_size)
@@ -188,6 +199,7 @@ def _fake(
     softcap: float,
     causal: bool,
     validate: bool,
+    pdl: bool,
 ) -> Tensor:
     check_paged(q_THD, k_cache_NBKD, v_cache_NBKD, cu_seqlens_q, kv_lens_S, block_table_SW, softcap)
     resolve_window(causal, window_size)
@@ -207,6 +219,7 @@ def _cuda(
     softcap: float,
     causal: bool,
     validate: bool,
+    pdl: bool,
 ) -> Tensor:
     check_paged(q_THD, k_cache_NBKD, v_cache_NBKD, cu_seqlens_q, kv_lens_S, block_table_SW, softcap)
     window = resolve_window(causal, window_size)
@@ -225,6 +238,7 @@ def _cuda(
         window=window,
         scale=scale,
         softcap=softcap,
+        pdl=pdl and has_dependent_launch(q_THD.device),
     )
 
 
@@ -279,10 +293,12 @@ def paged_attention_triton(
     softcap: float,
     num_splits: int | None = None,
     tile: Tile | None = None,
+    pdl: bool = False,
 ) -> Tensor:
     """Launches the kernels on checked arguments: on a GPU, or on the CPU in Triton's interpreter.
 
-    `num_splits` (1 to 64) and `tile` are chosen by size unless given.
+    `num_splits` (1 to 64) and `tile` are chosen by size unless given. `pdl` needs a GPU of sm_90 or
+    later.
     """
     if q_THD.stride(-1) != 1:
         q_THD = q_THD.contiguous()
@@ -343,6 +359,7 @@ def paged_attention_triton(
             CACHE_BLOCK=block_size,
             IS_SPLIT=num_splits > 1,
             ONE_QUERY_EACH=num_tokens == num_seqs,
+            **launch_options(pdl),
         )
         if num_splits > 1:
             merge_splits_kernel[(num_tokens * num_heads,)](
@@ -355,6 +372,7 @@ def paged_attention_triton(
                 BLOCK_P=power_of_two(num_splits),
                 BLOCK_D=tile.block_d,
                 num_warps=1 if num_splits <= 8 else 4,
+                **launch_options(pdl),
             )
     return out_THD
 
@@ -465,6 +483,7 @@ def paged_attention_kernel(
     BLOCK_D: tl.constexpr,
     MASK_ALL: tl.constexpr,
     WAIT: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program: BLOCK_Q queries of one sequence, the heads of one group, one share of the keys.
 
@@ -483,6 +502,8 @@ def paged_attention_kernel(
             cu_seqlens_q_ptr, share // num_splits, num_seqs, HAS_RIGHT, BLOCK_Q
         )
         num_keys = tl.load(kv_lens_ptr + seq)
+    if PDL:
+        wait_for_predecessor()
     if first_query >= num_queries:
         return
 
@@ -572,9 +593,12 @@ def merge_splits_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program: weighs the parts of one token's query head by their sums of exponents."""
     row = tl.program_id(0).to(tl.int64)
+    if PDL:
+        wait_for_predecessor()
     part_P = tl.arange(0, BLOCK_P)
     row_P = part_P.to(tl.int64) * num_rows + row
     dim_D = tl.arange(0, BLOCK_D)

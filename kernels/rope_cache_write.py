@@ -17,7 +17,11 @@ from torch import Tensor
 
 from minigen.kernels.checks import check_rope_cache_write, read_positions, read_slots
 from minigen.kernels.cpu import rms_norm
-from minigen.kernels.dependent_launch import launch_options, wait_for_predecessor
+from minigen.kernels.dependent_launch import (
+    has_dependent_launch,
+    launch_options,
+    wait_for_predecessor,
+)
 from minigen.kernels.tiles import on_device_of, power_of_two
 from minigen.kernels.triton_import import tl, triton
 
@@ -63,8 +67,9 @@ def rope_cache_write(
             say how many heads are keys.
         slots_T: int64, block * B + row; -1 skips the token, no other value may occur twice.
         rotates: False leaves out the rotation (layers without rope).
-        pdl: start while the kernel before still runs (sm_90 and later). It may write qkv, but not
-            positions, slots, weights or tables: see `dependent_launch`.
+        pdl: start while the kernel before still runs, where the GPU can (sm_90
+            and later). It may write qkv, but not positions, slots, weights or tables: see
+            `dependent_launch`.
 
     Returns:
         q_THD, contiguous, dtype of qkv.
@@ -177,6 +182,7 @@ def _cuda(
     tables = cos_PR, sin_PR, positions_T
     caches = k_cache_NBKD, v_cache_NBKD, slots_T
     check_rope_cache_write(qkv_TXD, q_weight_D, k_weight_D, *tables, *caches)
+    pdl = pdl and has_dependent_launch(qkv_TXD.device)
     return rope_cache_write_triton(
         qkv_TXD, q_weight_D, k_weight_D, eps, *tables, *caches, rotates, pdl
     )

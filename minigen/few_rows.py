@@ -16,16 +16,19 @@ from minigen.model import Block, DecoderConfig, LayerKV
 # How the kernel names what config.json calls so.
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 # The four linear layers of Qwen3-0.6B with what is around them take 17, 21 and 30 us at 2, 4 and 8
-# rows, cuBLAS's products alone 28, 28 and 25 (H200).
-MAX_ROWS = 4
+# rows on plain arithmetic units, cuBLAS's products alone 28, 28 and 25 (H200).
+MAX_ROWS, MAX_BFLOAT16_ROWS = 4, 32
 
 
-def serves_few_rows(config: DecoderConfig, num_rows: int, device: torch.device) -> bool:
+def serves_few_rows(
+    config: DecoderConfig, num_rows: int, device: torch.device, dtype: torch.dtype
+) -> bool:
     """Whether `few_rows_layer` does what a layer of this model is, and is quicker."""
+    most = MAX_BFLOAT16_ROWS if dtype == torch.bfloat16 else MAX_ROWS
     widest = max(config.hidden_size, config.num_heads * config.head_dim, config.intermediate_size)
     return (
         device.type == "cuda"
-        and num_rows <= MAX_ROWS
+        and num_rows <= most
         and widest <= MAX_INPUTS
         and config.activation in _ACTIVATIONS
         and not config.post_norms
@@ -40,7 +43,7 @@ def few_rows_layer(
     cu_seqlens_S1: Tensor,
     kv: LayerKV,
 ) -> Tensor:
-    """What `block` gives for rows that attend over `kv`: [T, E], T at most `MAX_ROWS`.
+    """What `block` gives for rows that attend over `kv`: [T, E], T at most `MAX_BFLOAT16_ROWS`.
 
     Rounded to the dtype less often than by the separate operations.
     """
@@ -50,26 +53,25 @@ def few_rows_layer(
     if config.qk_norm:
         q_weight_D, k_weight_D = attention.q_norm.weight, attention.k_norm.weight
     # Kernels begin while the one before still runs, see `dependent_launch`.
-    pdl = x_TE.is_cuda and torch.cuda.get_device_capability(x_TE.device) >= (9, 0)
-    norm = {"eps": config.rms_norm_eps, "norm_offset": config.norm_offset, "pdl": pdl}
+    norm = {"eps": config.rms_norm_eps, "norm_offset": config.norm_offset, "pdl": True}
     qkv_TF = few_rows_linear(
         x_TE, attention.qkv_proj.weight, attention.qkv_proj.bias,
         norm_weight_E=block.input_norm.weight, **norm,
     )  # fmt: skip
     q_THD = rope_cache_write(
         qkv_TF.unflatten(-1, (-1, config.head_dim)), q_weight_D, k_weight_D, config.rms_norm_eps,
-        cos_TR, sin_TR, None, kv.k_cache_NBKD, kv.v_cache_NBKD, kv.slots_T, attention.rotates, pdl,
+        cos_TR, sin_TR, None, kv.k_cache_NBKD, kv.v_cache_NBKD, kv.slots_T, attention.rotates, True,
     )  # fmt: skip
     out_THD = paged_attention(
         q_THD, kv.k_cache_NBKD, kv.v_cache_NBKD, cu_seqlens_S1, kv.kv_lens_S, kv.block_table_SW,
         scale=config.attention_scale, window_size=attention.window_size,
-        softcap=config.attention_softcap,
+        softcap=config.attention_softcap, pdl=True,
     )  # fmt: skip
     x_TE = few_rows_linear(
-        out_THD.flatten(1), attention.o_proj.weight, attention.o_proj.bias, x_TE, pdl=pdl
+        out_THD.flatten(1), attention.o_proj.weight, attention.o_proj.bias, x_TE, pdl=True
     )
     hidden_TF = few_rows_linear(
         x_TE, mlp.gate_up_proj.weight, mlp.gate_up_proj.bias, norm_weight_E=block.mlp_norm.weight,
         activation=_ACTIVATIONS[config.activation], **norm,
     )  # fmt: skip
-    return few_rows_linear(hidden_TF, mlp.down_proj.weight, mlp.down_proj.bias, x_TE, pdl=pdl)
+    return few_rows_linear(hidden_TF, mlp.down_proj.weight, mlp.down_proj.bias, x_TE, pdl=True)

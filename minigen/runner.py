@@ -218,7 +218,7 @@ class Runner:
     ) -> Tensor:
         """The same as `_hidden_step`, in functions that are compiled one by one."""
         x_TE, cos_TR, sin_TR = self._begin(tokens_T, token_rows_T, positions_T)
-        few = serves_few_rows(self.model.config, len(tokens_T), self.device)
+        few = serves_few_rows(self.model.config, len(tokens_T), self.device, x_TE.dtype)
         layer = few_rows_layer if few else self._layer
         kv = PagedKV(self.caches, slots_T, kv_lens_S, block_table_SW)
         for i, block in enumerate(self.model.blocks):

@@ -161,10 +161,17 @@ class LinearCase:
 
 
 @st.composite
-def linear_cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...], most: int) -> LinearCase:
+def linear_cases(
+    draw: st.DrawFn, dtypes: tuple[torch.dtype, ...], most: int, in_tiles: bool = False
+) -> LinearCase:
+    """At most `most` inputs; `in_tiles`: as many rows as tensor cores take, in any dtype."""
     sizes = [size for size in (1, 2, 31, 32, 33, 127, 128, 129, 1024, 3072) if size <= most]
+    dtype = draw(st.sampled_from(dtypes))
+    rows = st.integers(0, 8)
+    if in_tiles or dtype == torch.bfloat16:
+        rows |= st.sampled_from([15, 16, 17, 31, 32, 33, 63, 64])
     return LinearCase(
-        num_rows=draw(st.integers(0, 8)),
+        num_rows=draw(rows),
         num_inputs=draw(st.sampled_from(sizes) | st.integers(1, most)),
         num_outputs=draw(st.sampled_from([1, 3, 4, 5, 16]) | st.integers(1, 40)),
         has_bias=draw(st.booleans()),
@@ -172,7 +179,7 @@ def linear_cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...], most: int) ->
         has_norm=draw(st.booleans()),
         norm_offset=draw(st.sampled_from([0.0, 1.0])),
         activation=draw(st.sampled_from(["", "silu", "gelu_tanh"])),
-        dtype=draw(st.sampled_from(dtypes)),
+        dtype=dtype,
         padding=draw(st.sampled_from([0, 0, 8, 3])),
         seed=draw(st.integers(0, 2**31)),
     )
@@ -217,8 +224,13 @@ def make_linear_problem(case: LinearCase, device: str = "cpu") -> LinearProblem:
     )
 
 
-def linear_reference(case: LinearCase, problem: LinearProblem) -> tuple[Tensor, Tensor]:
-    """The answer in float64, and how far float32 and one rounding to the dtype may be from it."""
+def linear_reference(
+    case: LinearCase, problem: LinearProblem, in_tiles: bool = False
+) -> tuple[Tensor, Tensor]:
+    """The answer in float64, and how far float32 and one rounding to the dtype may be from it.
+
+    `in_tiles`: tensor cores multiply, which take a normed x that is rounded to the dtype.
+    """
     wide_eps = torch.finfo(torch.float32).eps
     x_TE, weight_GE = problem.x_TE.cpu().double(), problem.weight_GE.cpu().double()
     if problem.norm_weight_E is not None:
@@ -226,7 +238,13 @@ def linear_reference(case: LinearCase, problem: LinearProblem) -> tuple[Tensor, 
         x_TE = x_TE / (x_TE.pow(2).mean(-1, keepdim=True) + problem.eps).sqrt() * g_E
     out = x_TE @ weight_GE.T
     # A lane adds up a 32nd of a row's products, one after the other, then come a few sums of lanes.
-    error = (case.num_inputs / 32 + 16) * wide_eps * (x_TE.abs() @ weight_GE.abs().T)
+    product_error = (case.num_inputs / 32 + 16) * wide_eps
+    if in_tiles:
+        # Their sums go on from one step of 16 inputs to the next, and may cut off what they drop.
+        product_error = (case.num_inputs / 16 + 16) * 2 * wide_eps
+        if problem.norm_weight_E is not None:
+            product_error += torch.finfo(case.dtype).eps / 2
+    error = product_error * (x_TE.abs() @ weight_GE.abs().T)
     if problem.bias_G is not None:
         out = out + problem.bias_G.cpu().double()
     if case.activation:

@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from minigen import LLM, SamplingParams
 from minigen.cache import BlockPool
 from minigen.engine import Engine
-from minigen.few_rows import MAX_ROWS, serves_few_rows
+from minigen.few_rows import MAX_BFLOAT16_ROWS, MAX_ROWS, serves_few_rows
 from minigen.graphs import HIDDEN, CaptureError, StepGraphs, bucket_sizes
 from minigen.kernels import native
 from minigen.kernels.paged_attention import choose_num_splits
@@ -270,8 +270,8 @@ def test_few_rows_give_what_the_layer_gives(long_rope: bool, monkeypatch) -> Non
     expected = run(engine(long_rope=long_rope), many, params)
     served = []
 
-    def serves(config, num_rows, device) -> bool:
-        few = num_rows <= MAX_ROWS and serves_few_rows(config, num_rows, torch.device("cuda"))
+    def serves(config, num_rows, device, dtype) -> bool:
+        few = serves_few_rows(config, num_rows, torch.device("cuda"), dtype)
         served.append(few)
         return few
 
@@ -284,11 +284,12 @@ def test_few_rows_give_what_the_layer_gives(long_rope: bool, monkeypatch) -> Non
 
 def test_few_rows_are_for_models_whose_layer_it_is() -> None:
     cuda, config = torch.device("cuda"), decoder().config
-    assert serves_few_rows(config, MAX_ROWS, cuda)
-    assert not serves_few_rows(config, MAX_ROWS + 1, cuda)
-    assert not serves_few_rows(config, 1, torch.device("cpu"))
+    for dtype, most in ((torch.float16, MAX_ROWS), (torch.bfloat16, MAX_BFLOAT16_ROWS)):
+        assert serves_few_rows(config, most, cuda, dtype)
+        assert not serves_few_rows(config, most + 1, cuda, dtype)
+        assert not serves_few_rows(config, 1, torch.device("cpu"), dtype)
     for change in ({"activation": "gelu"}, {"post_norms": True}, {"intermediate_size": 20000}):
-        assert not serves_few_rows(replace(config, **change), 1, cuda)
+        assert not serves_few_rows(replace(config, **change), 1, cuda, torch.bfloat16)
 
 
 class FakeStream:

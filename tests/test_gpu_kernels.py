@@ -497,7 +497,7 @@ def test_registered_operations_pass_opcheck() -> None:
     torch.library.opcheck(torch.ops.minigen.kv_cache_write.default, write)
     torch.library.opcheck(
         torch.ops.minigen.paged_attention.default,
-        (*attend, None, [3, -1], 5.0, True, False),
+        (*attend, None, [3, -1], 5.0, True, False, True),
     )
     torch.library.opcheck(
         torch.ops.minigen.varlen_attention.default,

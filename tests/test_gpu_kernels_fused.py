@@ -15,11 +15,14 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from minigen.kernels.dependent_launch import has_dependent_launch
+from minigen.kernels.few_rows_dot import DotTile
 from minigen.kernels.few_rows_linear import (
     MAX_INPUTS,
     LinearTile,
     choose_linear_tile,
     few_rows_linear_triton,
+    multiplies_tiles,
 )
 from minigen.kernels.rope_cache_write import rope_cache_write_triton, rope_constants
 from minigen.kernels.tiles import power_of_two
@@ -38,6 +41,8 @@ from tests.fused_cases import (
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
+# Triton's interpreter multiplies no bfloat16, which is what the tensor cores get otherwise.
+DOT_DTYPE = torch.float16 if INTERPRETED else torch.bfloat16
 DTYPES = (
     (torch.float32, torch.float16)
     if INTERPRETED
@@ -76,10 +81,6 @@ LINEAR_CASE = LinearCase(
     padding=8,
     seed=0,
 )
-
-
-def has_dependent_launch() -> bool:
-    return not INTERPRETED and torch.cuda.get_device_capability() >= (9, 0)
 
 
 def assert_rope(case: RopeCase, problem: RopeProblem, q_THD: Tensor) -> None:
@@ -164,7 +165,8 @@ def test_rope_cache_write_beyond_32_bit_indexes() -> None:
 @given(linear_cases(DTYPES, 300 if INTERPRETED else 4000))
 def test_few_rows_linear_equals_definition(case: LinearCase) -> None:
     problem = make_linear_problem(case, DEVICE)
-    assert_within(few_rows_linear_triton(*problem), *linear_reference(case, problem))
+    in_tiles = multiplies_tiles(case.num_rows, case.dtype)
+    assert_within(few_rows_linear_triton(*problem), *linear_reference(case, problem, in_tiles))
 
 
 @pytest.mark.parametrize("tile", [LinearTile(1, 1), LinearTile(2, 4), LinearTile(16, 1)])
@@ -172,6 +174,21 @@ def test_few_rows_linear_with_any_tile(tile: LinearTile) -> None:
     problem = make_linear_problem(LINEAR_CASE, DEVICE)
     out_TF = few_rows_linear_triton(*problem, tile=tile)
     assert_within(out_TF, *linear_reference(LINEAR_CASE, problem))
+
+
+DOT_TILES = (DotTile(8, 128, 1, 3), DotTile(16, 64, 2, 5), DotTile(64, 64, 4, 4))
+
+
+@example(dataclasses.replace(LINEAR_CASE, num_rows=64), DOT_TILES[0])
+@example(dataclasses.replace(LINEAR_CASE, num_rows=17, num_outputs=130), DOT_TILES[2])
+@given(
+    linear_cases((DOT_DTYPE,), 300 if INTERPRETED else 4000, in_tiles=True),
+    st.sampled_from(DOT_TILES),
+)
+def test_few_rows_linear_in_tiles_equals_definition(case: LinearCase, tile: DotTile) -> None:
+    problem = make_linear_problem(case, DEVICE)
+    out_TF = few_rows_linear_triton(*problem, tile=tile)
+    assert_within(out_TF, *linear_reference(case, problem, in_tiles=True))
 
 
 @given(st.integers(1, 300_000), st.integers(1, MAX_INPUTS), st.booleans())
@@ -186,10 +203,15 @@ def test_linear_tiles_fit_registers(
 
 
 def test_few_rows_linear_refuses_many_rows_and_wide_ones() -> None:
-    for shape in ((9, 32), (1, MAX_INPUTS + 1)):
-        x_TE = torch.ones(shape, device=DEVICE)
-        with pytest.raises(ValueError, match=r"at most 8 rows of at most 16384 .*: use linear"):
-            few_rows_linear_triton(x_TE, torch.ones(1, shape[1], device=DEVICE))
+    half, brain = torch.float16, torch.bfloat16
+    for shape, dtype, most in (
+        ((9, 32), half, 8),
+        ((65, 32), brain, 64),
+        ((1, MAX_INPUTS + 1), brain, 64),
+    ):
+        x_TE = torch.ones(shape, device=DEVICE, dtype=dtype)
+        with pytest.raises(ValueError, match=rf"at most {most} rows of at most 16384 .*linear"):
+            few_rows_linear_triton(x_TE, torch.ones(1, shape[1], device=DEVICE, dtype=dtype))
 
 
 # What only a GPU shows. The run in the interpreter leaves these out by name.
@@ -210,7 +232,7 @@ def test_registered_rope_cache_write_passes_opcheck_and_waits_for_nothing() -> N
 
 
 def test_registered_rope_cache_write_starts_early_with_the_same_result() -> None:
-    if not has_dependent_launch():
+    if not has_dependent_launch(torch.device("cuda", 0)):
         pytest.skip("needs a GPU with programmatic dependent launch (sm_90)")
     problem = make_rope_problem(ROPE_CASE, DEVICE)
     weight = torch.randn(4096, problem.qkv_TXD[0].numel(), device=DEVICE, dtype=torch.float16)
@@ -227,14 +249,19 @@ def test_registered_few_rows_linear_passes_opcheck() -> None:
     torch.library.opcheck(torch.ops.minigen.few_rows_linear.default, (*problem, False))
 
 
-def test_registered_few_rows_linear_starts_early_with_the_same_result() -> None:
+@pytest.mark.parametrize("num_rows", [2, 8, 32])
+def test_registered_few_rows_linear_starts_early_with_the_same_result(num_rows: int) -> None:
     """A chain in which each kernel reads what the one before wrote, captured as a step is."""
-    if not has_dependent_launch():
+    if not has_dependent_launch(torch.device("cuda", 0)):
         pytest.skip("needs a GPU with programmatic dependent launch (sm_90)")
-    x_TE = torch.randn(2, 1024, device=DEVICE).half()
-    wide = [torch.randn(3072, 1024, device=DEVICE).half() / 32 for _ in range(6)]
-    narrow = [torch.randn(1024, 1536, device=DEVICE).half() / 32 for _ in range(6)]
-    norm_weight_E = torch.ones(1024, device=DEVICE).half()
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, device=DEVICE).bfloat16()
+
+    x_TE = normal(num_rows, 1024)
+    wide = [normal(3072, 1024) / 32 for _ in range(6)]
+    narrow = [normal(1024, 1536) / 32 for _ in range(6)]
+    norm_weight_E = torch.ones(1024, device=DEVICE).bfloat16()
 
     def chain(pdl: bool) -> Tensor:
         y_TE = x_TE + 0

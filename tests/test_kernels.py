@@ -389,7 +389,7 @@ def test_opcheck(dtype: torch.dtype, softcap: float) -> None:
     )
     torch.library.opcheck(
         torch.ops.minigen.paged_attention.default,
-        (q_THD, *write[2:4], lengths[0], *paged[2:4], 0.3, window, softcap, True, False),
+        (q_THD, *write[2:4], lengths[0], *paged[2:4], 0.3, window, softcap, True, False, False),
     )
     torch.library.opcheck(torch.ops.minigen.kv_cache_write.default, write)
 

@@ -23,6 +23,7 @@ from minigen.kernels.draw_tokens import (
     run_peaks_kernel,
     run_scores_kernel,
 )
+from minigen.kernels.few_rows_dot import choose_dot_tile, few_rows_dot_kernel
 from minigen.kernels.few_rows_linear import choose_linear_tile, few_rows_linear_kernel
 from minigen.kernels.kv_cache_write import kv_cache_write_kernel
 from minigen.kernels.paged_attention import merge_splits_kernel, paged_attention_kernel
@@ -227,7 +228,7 @@ def test_no_tile_spills_on_hopper(group: int) -> None:
         tile = choose_tile(queries, group, 128, 2, shared_bytes, paged=True)
         constants = constants_for(tile, group, 128, Window(None, 0), 0.0)
         constants |= {"CACHE_BLOCK": 16, "IS_SPLIT": queries == 1, "NUM_KV_HEADS": 8}
-        constants |= {"ONE_QUERY_EACH": queries == 1}
+        constants |= {"ONE_QUERY_EACH": queries == 1, **launch_options(queries == 1)}
         compiled = check(paged_attention_kernel, "sm_90", constants, "bf16", True)
         # With 128 registers it keeps 20, and the tile was the fastest all the same.
         assert (compiled.stack_bytes or 0) <= (80 if tile.max_registers else few_bytes)
@@ -267,7 +268,7 @@ def test_exact_products_fit_registers_on_hopper(head_dim: int) -> None:
         tile = choose_tile(queries, 2, head_dim, 4, shared_bytes, paged=True)
         constants = constants_for(tile, 2, head_dim, Window(None, 0), 0.0)
         constants |= {"CACHE_BLOCK": 16, "IS_SPLIT": queries == 1, "NUM_KV_HEADS": 8}
-        constants |= {"ONE_QUERY_EACH": queries == 1}
+        constants |= {"ONE_QUERY_EACH": queries == 1, **launch_options(queries == 1)}
         compiled = check(paged_attention_kernel, "sm_90", constants, "fp32", True)
         assert (compiled.stack_bytes or 0) <= 64
 
@@ -314,6 +315,7 @@ def test_paged_attention(
     constants = constants_for(tile, group, head_dim, Window(100, 0), 0.0)
     constants |= {"CACHE_BLOCK": 16, "IS_SPLIT": queries == 1, "NUM_KV_HEADS": 8}
     constants |= {"ONE_QUERY_EACH": queries == 1}
+    constants |= launch_options(target_name in ("sm_90", "sm_100"))
     check(paged_attention_kernel, target_name, constants, TRITON_TYPES[dtype])
 
 
@@ -322,7 +324,7 @@ def test_paged_attention_with_softcap(target_name: str) -> None:
     tile = choose_tile(200, 2, 256, 2, TARGETS[target_name][1], paged=True)
     constants = constants_for(tile, 2, 256, Window(4095, 0), 50.0)
     constants |= {"CACHE_BLOCK": 16, "IS_SPLIT": False, "NUM_KV_HEADS": 8}
-    constants |= {"ONE_QUERY_EACH": False}
+    constants |= {"ONE_QUERY_EACH": False, **launch_options(False)}
     check(paged_attention_kernel, target_name, constants, "bf16")
 
 
@@ -331,7 +333,7 @@ def test_merge_and_cache_write(target_name: str) -> None:
     check(
         merge_splits_kernel,
         target_name,
-        {"BLOCK_P": 64, "HEAD_DIM": 80, "BLOCK_D": 128},
+        {"BLOCK_P": 64, "HEAD_DIM": 80, "BLOCK_D": 128, **launch_options(False)},
         "bf16",
     )
     check(
@@ -392,6 +394,38 @@ def test_few_rows_linear(
             assert (compiled.stack_bytes or 0) == 0
             # A warp of more would leave fewer than eight on a multiprocessor.
             assert (compiled.registers or 0) <= 224
+
+
+@by_target
+@pytest.mark.parametrize("num_rows", [8, 32, 64])
+@pytest.mark.parametrize(
+    ("num_outputs", "num_inputs", "activation"),
+    [(4096, 1024, ""), (1024, 3072, ""), (3072, 1024, "silu"), (100, 80, "")],
+)
+def test_few_rows_dot(
+    target_name: str, num_outputs: int, num_inputs: int, activation: str, num_rows: int
+) -> None:
+    tile = choose_dot_tile(num_rows, num_outputs, activation != "")
+    constants = {
+        "NUM_INPUTS": num_inputs,
+        "NUM_OUTPUTS": num_outputs,
+        "BLOCK_T": max(num_rows, 16),
+        "BLOCK_F": tile.block_f,
+        "BLOCK_E": tile.block_e,
+        "HAS_BIAS": num_inputs == 80,
+        "HAS_RESIDUAL": num_outputs < 3072,
+        "HAS_NORM": num_inputs == 1024,
+        "ACTIVATION": activation,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+        **launch_options(target_name in ("sm_90", "sm_100")),
+    }
+    compiled = check(few_rows_dot_kernel, target_name, constants, "bf16", aligned=True)
+    if target_name == "sm_90":
+        assert (compiled.stack_bytes or 0) == 0
+        # Weight and x come to shared memory while others are multiplied.
+        copies = compiled.ttgir.count("async_copy_global_to_local")
+        assert copies >= 2 or num_inputs <= tile.block_e
 
 
 @by_target

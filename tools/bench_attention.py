@@ -37,6 +37,7 @@ from torch import Tensor
 
 from minigen.kernels import paged_attention, varlen_attention
 from minigen.kernels.checks import Window
+from minigen.kernels.dependent_launch import launch_options
 from minigen.kernels.paged_attention import paged_attention_kernel, paged_attention_triton
 from minigen.kernels.tiles import Tile, score_arguments, tile_arguments, window_arguments
 from minigen.kernels.varlen_attention import varlen_attention_kernel, varlen_attention_triton
@@ -674,7 +675,7 @@ def kernel_of(section: str, heads: Heads, candidate: Candidate) -> tuple[Any, di
     if section != "varlen":
         cache = {"NUM_KV_HEADS": heads.key, "CACHE_BLOCK": CACHE_BLOCK}
         decodes = section == "decode"
-        cache |= {"IS_SPLIT": decodes, "ONE_QUERY_EACH": decodes}
+        cache |= {"IS_SPLIT": decodes, "ONE_QUERY_EACH": decodes, **launch_options(False)}
         return paged_attention_kernel, constants | cache
     constants["SLOTS_A_KEY_HEAD"] = group // packed
     if not candidate.descriptors:
