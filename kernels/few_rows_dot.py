@@ -1,12 +1,14 @@
 """The kernel of `few_rows_linear` for more rows than plain arithmetic serves: tensor cores.
 
-From 5 to 64 rows a linear layer still waits for its weight, and cuBLAS's tiles, which divide the
-inputs of narrow layers among programs, need a second kernel that adds the parts. Here a program
-walks over all inputs of a few outputs. What stands before and behind the product (norm, gated
-activation, residual) takes part of the same kernel; launched early, it asks for its weight while
-the kernel before it still runs.
+As the plain kernel, a program holds some whole rows of the weight in registers, asked for all at
+once and, launched early, while the kernel before it still runs. They are multiplied in one piece a
+warp: each warp takes its part of the inputs, and the parts are added at the end. (A loop over
+inputs that brings tiles to shared memory, five of them on their way, took twice as long: us a call
+at 8 rows with what is around the product, H200: 1024 -> 4096 8.0, 2048 -> 1024 5.6, 1024 -> 3072
+gated 10.0, 3072 -> 1024 7.5; cuBLAS's products alone 5.3, 6.1, 6.2, 7.5.)
 
-Shapes: T rows, E inputs, F outputs, G rows of the weight (F, or 2F with an activation).
+Shapes: T rows, E inputs, C inputs of a chunk and a warp, B warps, F outputs, G rows of the weight
+(F, or 2F with an activation).
 """
 
 from typing import NamedTuple
@@ -17,22 +19,24 @@ from minigen.kernels.dependent_launch import launch_options, wait_for_predecesso
 from minigen.kernels.tiles import on_device_of, power_of_two
 from minigen.kernels.triton_import import tl, triton
 
-MAX_DOT_ROWS = 64
+MAX_DOT_ROWS = 32
+MAX_CHUNKS = 4
+MAX_DOT_INPUTS = 4096
 
 
 class DotTile(NamedTuple):
-    """Outputs of a program, inputs of a step of its loop, warps, and tiles on their way at once."""
+    """Outputs of a program, inputs of a chunk, and warps."""
 
     block_f: int
     block_e: int
     num_warps: int
-    num_stages: int
 
 
-def choose_dot_tile(num_rows: int, num_outputs: int, has_activation: bool) -> DotTile:
-    """Narrow where a GPU's multiprocessors would else lack work; an activation has two products."""
-    block_f = 32 if num_outputs >= 3072 and not has_activation else 16
-    return DotTile(block_f, 128 if num_rows <= 32 else 64, 4, 5)
+def choose_dot_tile(num_outputs: int, num_inputs: int, has_activation: bool) -> DotTile:
+    """Chunks of 1,024 inputs, or of less where there are less; four at most."""
+    block_e = min(max(power_of_two(num_inputs), 64), 1024)
+    block_f = 8 if num_outputs < 3072 or has_activation else 16
+    return DotTile(block_f, block_e, 4 if block_e < 256 else 8)
 
 
 def few_rows_dot_triton(
@@ -52,7 +56,7 @@ def few_rows_dot_triton(
     num_rows, num_inputs = x_TE.shape
     num_outputs = out_TF.shape[1]
     if tile is None:
-        tile = choose_dot_tile(num_rows, num_outputs, activation != "")
+        tile = choose_dot_tile(num_outputs, num_inputs, activation != "")
     with on_device_of(x_TE):
         few_rows_dot_kernel[(-(-num_outputs // tile.block_f),)](
             x_TE,
@@ -71,44 +75,49 @@ def few_rows_dot_triton(
             BLOCK_T=max(power_of_two(num_rows), 16),
             BLOCK_F=tile.block_f,
             BLOCK_E=tile.block_e,
+            NUM_WARPS=tile.num_warps,
             HAS_BIAS=bias_G is not None,
             HAS_RESIDUAL=residual_TF is not None,
             HAS_NORM=norm_weight_E is not None,
             ACTIVATION=activation,
             num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
             **launch_options(pdl),
         )
 
 
 @triton.jit
-def prefetch(ptr, num_bytes):
-    """Asks for memory from `ptr` on, 16 bytes aligned, to be brought into the L2; by one thread."""
-    tl.inline_asm_elementwise(
-        """{
-        .reg .pred is_first;
-        .reg .u32 thread;
-        mov.u32 thread, %tid.x;
-        setp.eq.u32 is_first, thread, 0;
-        @is_first cp.async.bulk.prefetch.L2.global [$1], $2;
-        mov.u32 $0, 0;
-        }""",
-        "=r,l,r", [ptr.to(tl.int64), num_bytes], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
-def load_tile(ptr, row_R, stride_r, input_E, NUM_INPUTS: tl.constexpr, BLOCK_E: tl.constexpr):
-    ptr_RE = ptr + row_R[:, None] * stride_r + input_E[None, :]
-    if NUM_INPUTS % BLOCK_E == 0:
-        return tl.load(ptr_RE)
+def load_chunk(
+    ptr, row_R, stride_r, CHUNK: tl.constexpr, NUM_INPUTS: tl.constexpr, BLOCK_E: tl.constexpr,
+    NUM_WARPS: tl.constexpr,
+):  # fmt: skip
+    """Inputs of a chunk, [B, R, C]; none of a chunk that the inputs do not reach."""
+    PART: tl.constexpr = BLOCK_E // NUM_WARPS
+    input_BC = (
+        CHUNK * BLOCK_E + tl.arange(0, NUM_WARPS)[:, None] * PART + tl.arange(0, PART)[None, :]
+    )
+    ptr_BRC = ptr + (row_R * stride_r)[None, :, None] + input_BC[:, None, :]
+    if (CHUNK + 1) * BLOCK_E <= NUM_INPUTS:
+        return tl.load(ptr_BRC)
     else:
-        return tl.load(ptr_RE, mask=(input_E < NUM_INPUTS)[None, :], other=0.0)
+        return tl.load(ptr_BRC, mask=(input_BC < NUM_INPUTS)[:, None, :], other=0.0)
 
 
 @triton.jit
-def load_vector(ptr, input_E, NUM_INPUTS: tl.constexpr):
-    return tl.load(ptr + input_E, mask=input_E < NUM_INPUTS, other=0.0)
+def load_vector(
+    ptr, CHUNK: tl.constexpr, NUM_INPUTS: tl.constexpr, BLOCK_E: tl.constexpr,
+    NUM_WARPS: tl.constexpr,
+):  # fmt: skip
+    """The same of a vector: [B, 1, C]."""
+    PART: tl.constexpr = BLOCK_E // NUM_WARPS
+    input_BC = (
+        CHUNK * BLOCK_E + tl.arange(0, NUM_WARPS)[:, None] * PART + tl.arange(0, PART)[None, :]
+    )
+    return tl.load(ptr + input_BC, mask=input_BC < NUM_INPUTS, other=0.0)[:, None, :]
+
+
+@triton.jit
+def multiply(x_BTC, w_BFC, acc_BTF):
+    return tl.dot(x_BTC, tl.permute(w_BFC, (0, 2, 1)), acc_BTF)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -129,6 +138,7 @@ def few_rows_dot_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    NUM_WARPS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     HAS_NORM: tl.constexpr,
@@ -140,60 +150,91 @@ def few_rows_dot_kernel(
     # Rows behind the last one are computed again, and not stored: a mask would be work for all.
     row_T = tl.minimum(tl.arange(0, BLOCK_T), num_rows - 1)
     row_F = tl.minimum(tl.arange(0, BLOCK_F), NUM_OUTPUTS - 1 - first)
+    column_F = first + row_F
     # In 64 bits: the weight may have more than 2**31 elements.
     rows_ptr = weight_ptr + first.to(tl.int64) * NUM_INPUTS
     up_ptr = rows_ptr + NUM_OUTPUTS * NUM_INPUTS
+    # By name, not in a list: Triton has none of tensors that a constant range could walk over.
+    w0_BFC = load_chunk(rows_ptr, row_F, NUM_INPUTS, 0, NUM_INPUTS, BLOCK_E, NUM_WARPS)
+    if NUM_INPUTS > BLOCK_E:
+        w1_BFC = load_chunk(rows_ptr, row_F, NUM_INPUTS, 1, NUM_INPUTS, BLOCK_E, NUM_WARPS)
+    if NUM_INPUTS > 2 * BLOCK_E:
+        w2_BFC = load_chunk(rows_ptr, row_F, NUM_INPUTS, 2, NUM_INPUTS, BLOCK_E, NUM_WARPS)
+    if NUM_INPUTS > 3 * BLOCK_E:
+        w3_BFC = load_chunk(rows_ptr, row_F, NUM_INPUTS, 3, NUM_INPUTS, BLOCK_E, NUM_WARPS)
+    if ACTIVATION != "":
+        up0_BFC = load_chunk(up_ptr, row_F, NUM_INPUTS, 0, NUM_INPUTS, BLOCK_E, NUM_WARPS)
+        if NUM_INPUTS > BLOCK_E:
+            up1_BFC = load_chunk(up_ptr, row_F, NUM_INPUTS, 1, NUM_INPUTS, BLOCK_E, NUM_WARPS)
+        if NUM_INPUTS > 2 * BLOCK_E:
+            up2_BFC = load_chunk(up_ptr, row_F, NUM_INPUTS, 2, NUM_INPUTS, BLOCK_E, NUM_WARPS)
+        if NUM_INPUTS > 3 * BLOCK_E:
+            up3_BFC = load_chunk(up_ptr, row_F, NUM_INPUTS, 3, NUM_INPUTS, BLOCK_E, NUM_WARPS)
+    if HAS_BIAS:
+        bias_F = tl.load(bias_ptr + column_F).to(tl.float32)
+        if ACTIVATION != "":
+            up_bias_F = tl.load(bias_ptr + NUM_OUTPUTS + column_F).to(tl.float32)
     if PDL:
-        if NUM_INPUTS % 8 == 0:
-            num_bytes = tl.minimum(NUM_OUTPUTS - first, BLOCK_F) * (NUM_INPUTS * 2)
-            prefetch(rows_ptr, num_bytes)
-            if ACTIVATION != "":
-                prefetch(up_ptr, num_bytes)
         wait_for_predecessor()
 
-    acc_TF = tl.zeros([BLOCK_T, BLOCK_F], tl.float32)
-    up_TF = tl.zeros([BLOCK_T, BLOCK_F], tl.float32)
-    squares_TE = tl.zeros([BLOCK_T, BLOCK_E], tl.float32)
-    if HAS_NORM:
-        # One step ahead, by hand: Triton does not pipeline what is no factor of a product.
-        next_g_E = load_vector(norm_weight_ptr, tl.arange(0, BLOCK_E), NUM_INPUTS)
-    for start in range(0, NUM_INPUTS, BLOCK_E):
-        input_E = start + tl.arange(0, BLOCK_E)
-        x_TE = load_tile(x_ptr, row_T, x_stride_t, input_E, NUM_INPUTS, BLOCK_E)
-        w_FE = load_tile(rows_ptr, row_F, NUM_INPUTS, input_E, NUM_INPUTS, BLOCK_E)
-        if HAS_NORM:
-            g_E = next_g_E
-            next_g_E = load_vector(norm_weight_ptr, input_E + BLOCK_E, NUM_INPUTS)
-            wide_TE = x_TE.to(tl.float32)
-            squares_TE += wide_TE * wide_TE
-            x_TE = (wide_TE * (g_E.to(tl.float32) + norm_offset)[None, :]).to(x_TE.dtype)
-        acc_TF = tl.dot(x_TE, tl.trans(w_FE), acc_TF)
-        if ACTIVATION != "":
-            up_w_FE = load_tile(up_ptr, row_F, NUM_INPUTS, input_E, NUM_INPUTS, BLOCK_E)
-            up_TF = tl.dot(x_TE, tl.trans(up_w_FE), up_TF)
-
-    if HAS_NORM:
-        scale_T = tl.rsqrt(tl.sum(squares_TE, 1) * (1.0 / NUM_INPUTS) + eps)
-        acc_TF *= scale_T[:, None]
-        up_TF *= scale_T[:, None]
-    if HAS_BIAS:
-        acc_TF += tl.load(bias_ptr + first + row_F).to(tl.float32)[None, :]
-    if ACTIVATION != "":
-        if HAS_BIAS:
-            up_TF += tl.load(bias_ptr + NUM_OUTPUTS + first + row_F).to(tl.float32)[None, :]
-        if ACTIVATION == "silu":
-            acc_TF = acc_TF / (1.0 + tl.exp(-acc_TF)) * up_TF
-        else:
-            # (1 + tanh(u)) / 2 is the logistic function of 2u.
-            twice_u_TF = 1.5957691216057308 * (acc_TF + 0.044715 * acc_TF * acc_TF * acc_TF)
-            acc_TF = acc_TF / (1.0 + tl.exp(-twice_u_TF)) * up_TF
-    column_F = first + row_F
+    acc_BTF = tl.zeros([NUM_WARPS, BLOCK_T, BLOCK_F], tl.float32)
+    up_BTF = tl.zeros([NUM_WARPS, BLOCK_T, BLOCK_F], tl.float32)
+    square_T = tl.zeros([BLOCK_T], tl.float32)
+    next_BTC = load_chunk(x_ptr, row_T, x_stride_t, 0, NUM_INPUTS, BLOCK_E, NUM_WARPS)
     if HAS_RESIDUAL:
         residual_TF = tl.load(residual_ptr + row_T[:, None] * residual_stride_t + column_F[None, :])
-        acc_TF += residual_TF.to(tl.float32)
+    for chunk in tl.static_range((NUM_INPUTS + BLOCK_E - 1) // BLOCK_E):  # pyright: ignore[reportGeneralTypeIssues]
+        x_BTC = next_BTC
+        if (chunk + 1) * BLOCK_E < NUM_INPUTS:
+            next_BTC = load_chunk(
+                x_ptr, row_T, x_stride_t, chunk + 1, NUM_INPUTS, BLOCK_E, NUM_WARPS
+            )
+        if HAS_NORM:
+            g_B1C = load_vector(norm_weight_ptr, chunk, NUM_INPUTS, BLOCK_E, NUM_WARPS)
+            wide_BTC = x_BTC.to(tl.float32)
+            square_T += tl.sum(tl.sum(wide_BTC * wide_BTC, 2), 0)
+            x_BTC = (wide_BTC * (g_B1C.to(tl.float32) + norm_offset)).to(x_BTC.dtype)
+        if chunk == 0:
+            acc_BTF = multiply(x_BTC, w0_BFC, acc_BTF)
+            if ACTIVATION != "":
+                up_BTF = multiply(x_BTC, up0_BFC, up_BTF)
+        elif chunk == 1:
+            acc_BTF = multiply(x_BTC, w1_BFC, acc_BTF)
+            if ACTIVATION != "":
+                up_BTF = multiply(x_BTC, up1_BFC, up_BTF)
+        elif chunk == 2:
+            acc_BTF = multiply(x_BTC, w2_BFC, acc_BTF)
+            if ACTIVATION != "":
+                up_BTF = multiply(x_BTC, up2_BFC, up_BTF)
+        else:
+            acc_BTF = multiply(x_BTC, w3_BFC, acc_BTF)
+            if ACTIVATION != "":
+                up_BTF = multiply(x_BTC, up3_BFC, up_BTF)
+
+    out_TF = tl.sum(acc_BTF, 0)
+    if HAS_NORM:
+        scale_T = tl.rsqrt(square_T * (1.0 / NUM_INPUTS) + eps)
+        out_TF *= scale_T[:, None]
+    if HAS_BIAS:
+        out_TF += bias_F[None, :]
+    if ACTIVATION != "":
+        up_TF = tl.sum(up_BTF, 0)
+        if HAS_NORM:
+            up_TF *= scale_T[:, None]
+        if HAS_BIAS:
+            up_TF += up_bias_F[None, :]
+        if ACTIVATION == "silu":
+            out_TF = out_TF / (1.0 + tl.exp(-out_TF)) * up_TF
+        else:
+            # (1 + tanh(u)) / 2 is the logistic function of 2u.
+            twice_u_TF = 1.5957691216057308 * (out_TF + 0.044715 * out_TF * out_TF * out_TF)
+            out_TF = out_TF / (1.0 + tl.exp(-twice_u_TF)) * up_TF
+    if HAS_RESIDUAL:
+        out_TF += residual_TF.to(tl.float32)
     is_output_TF = (tl.arange(0, BLOCK_T) < num_rows)[:, None]
     is_output_TF &= (first + tl.arange(0, BLOCK_F) < NUM_OUTPUTS)[None, :]
     tl.store(
         out_ptr + row_T[:, None] * NUM_OUTPUTS + column_F[None, :],
-        acc_TF.to(out_ptr.dtype.element_ty), mask=is_output_TF,
-    )  # fmt: skip
+        out_TF.to(out_ptr.dtype.element_ty),
+        mask=is_output_TF,
+    )

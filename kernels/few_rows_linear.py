@@ -26,7 +26,12 @@ from minigen.kernels.dependent_launch import (
     launch_options,
     wait_for_predecessor,
 )
-from minigen.kernels.few_rows_dot import MAX_DOT_ROWS, DotTile, few_rows_dot_triton
+from minigen.kernels.few_rows_dot import (
+    MAX_DOT_INPUTS,
+    MAX_DOT_ROWS,
+    DotTile,
+    few_rows_dot_triton,
+)
 from minigen.kernels.tiles import on_device_of, power_of_two
 from minigen.kernels.triton_import import tl, triton
 
@@ -54,7 +59,7 @@ def few_rows_linear(
 
     Args:
         x_TE: float16, bfloat16 or float32 (on the CPU also float64), on a GPU at most 8 rows
-            (bfloat16: 64) of at most MAX_INPUTS.
+            of 16,384, bfloat16 also 32 of 4,096.
         weight_GE: contiguous, dtype of x. `bias_G`, `residual_TF`: of this dtype, too.
         norm_weight_E: weight of an RMS norm of x (arXiv 1910.07467), which `norm_offset` is added
             to (Gemma stores weight - 1) and whose `eps` this is; None for no norm.
@@ -130,15 +135,11 @@ def _cuda(
     )
 
 
-def most_rows(dtype: torch.dtype) -> int:
-    """Rows of x that the kernels take."""
-    return MAX_DOT_ROWS if dtype == torch.bfloat16 else MAX_PLAIN_ROWS
-
-
-def multiplies_tiles(num_rows: int, dtype: torch.dtype) -> bool:
-    """Whether so many rows go to the tensor cores. There a row is multiplied by the norm's weight
-    before it is divided by its root mean square: in float16 that could overflow."""
-    return num_rows > PLAIN_ROWS and dtype == torch.bfloat16
+def multiplies_tiles(num_rows: int, num_inputs: int, dtype: torch.dtype) -> bool:
+    """Whether x of this shape goes to the tensor cores. There a row is multiplied by the norm's
+    weight before it is divided by its root mean square: in float16 that could overflow."""
+    few = PLAIN_ROWS < num_rows <= MAX_DOT_ROWS
+    return few and num_inputs <= MAX_DOT_INPUTS and dtype == torch.bfloat16
 
 
 class LinearTile(NamedTuple):
@@ -176,14 +177,18 @@ def few_rows_linear_triton(
     """Launches the kernel on checked arguments: on a GPU, or on the CPU in Triton's interpreter.
 
     `pdl` needs a GPU of sm_90 or later. `tile` is chosen by size unless given, and says which
-    kernel it is for. Raises ValueError for more rows than `most_rows` or MAX_INPUTS inputs.
+    kernel it is for. Raises ValueError for more rows or inputs than the kernels take.
     """
     num_rows, num_inputs = x_TE.shape
-    most = MAX_DOT_ROWS if isinstance(tile, DotTile) else most_rows(x_TE.dtype)
-    if num_rows > most or num_inputs > MAX_INPUTS:
+    if tile is None:
+        in_tiles = multiplies_tiles(num_rows, num_inputs, x_TE.dtype)
+    else:
+        in_tiles = isinstance(tile, DotTile)
+    if not in_tiles and (num_rows > MAX_PLAIN_ROWS or num_inputs > MAX_INPUTS):
         raise ValueError(
-            f"x of {x_TE.dtype} must have at most {most} rows of at most {MAX_INPUTS} for "
-            f"few_rows_linear, got shape {tuple(x_TE.shape)}: use linear"
+            f"few_rows_linear takes {MAX_PLAIN_ROWS} rows of {MAX_INPUTS} at most, or "
+            f"{MAX_DOT_ROWS} of {MAX_DOT_INPUTS} in torch.bfloat16, but x has shape "
+            f"{tuple(x_TE.shape)} and is {x_TE.dtype}: use linear"
         )
     if x_TE.stride(1) != 1:
         x_TE = x_TE.contiguous()
@@ -193,13 +198,14 @@ def few_rows_linear_triton(
     out_TF = x_TE.new_empty(num_rows, num_outputs)
     if out_TF.numel() == 0:
         return out_TF
-    if isinstance(tile, DotTile) or (tile is None and multiplies_tiles(num_rows, x_TE.dtype)):
+    if in_tiles:
+        assert tile is None or isinstance(tile, DotTile)
         few_rows_dot_triton(
             x_TE, weight_GE, bias_G, residual_TF, norm_weight_E, out_TF, eps, norm_offset,
             activation, pdl, tile,
         )  # fmt: skip
         return out_TF
-    if tile is None:
+    if not isinstance(tile, LinearTile):
         tile = choose_linear_tile(num_outputs, num_inputs, activation != "")
     with on_device_of(x_TE):
         few_rows_linear_kernel[(-(-num_outputs // tile.block_f),)](

@@ -49,13 +49,8 @@ from minigen.kernels.tiles import (
 )
 from minigen.kernels.triton_import import tl, triton
 
-# Rows of a tile, at least, in a step that does not only decode. 128, the best for prompts alone
-# (`choose_tile`), would multiply 64 more rows of zeros for every sequence that decodes. A prompt of
-# 1,800 tokens beside 248 that decode at 800 keys (16/8 heads of 128, H200, by the rates of prefill:
-# 0.73 us of a multiprocessor for a tile of keys at 64 rows, 1.18 at 128): 44 and 38 us for the
-# prompt, 143 and 231 for the tiles of the others, whose bytes take 193. 64 rows win from 20 to 40
-# such sequences on; the mean takes 128 below 64 sequences (group 2).
-PROMPT_ROWS = 64
+# Rows of a prompt's tile, at least: how many queries a prompt has is known to the GPU alone.
+PROMPT_ROWS = 128
 MAX_SPLITS = 64  # the merge holds as many partial rows of D in registers
 
 
@@ -297,84 +292,117 @@ def paged_attention_triton(
 ) -> Tensor:
     """Launches the kernels on checked arguments: on a GPU, or on the CPU in Triton's interpreter.
 
-    `num_splits` (1 to 64) and `tile` are chosen by size unless given. `pdl` needs a GPU of sm_90 or
-    later.
+    Sequences of one query and others, whose tiles are made for different work, get a launch each
+    where a step may have both. `num_splits` (1 to 64) and `tile` are chosen by size unless given;
+    a given tile serves all. `pdl` needs a GPU of sm_90 or later.
     """
     if q_THD.stride(-1) != 1:
         q_THD = q_THD.contiguous()
     num_tokens, num_heads, head_dim = q_THD.shape
-    num_seqs, width = block_table_SW.shape
-    block_size, num_kv_heads = k_cache_NBKD.shape[1:3]
-    device = q_THD.device
-    out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=device)
+    num_seqs = block_table_SW.shape[0]
+    out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
     if num_tokens == 0 or num_seqs == 0:
         return out_THD
     q_THD, scale = positive_scale(q_THD, scale)
-    group = num_heads // num_kv_heads
-    itemsize = q_THD.element_size()
-    if tile is None:
-        queries = -(-num_tokens // num_seqs)
-        # With some more than one query the mean says little: most sequences of a step with prompts
-        # decode, or are null ones that fill a captured step up, and the prompts are the work.
-        tile = choose_tile(
-            queries if num_tokens == num_seqs else max(queries, PROMPT_ROWS // group),
-            group,
-            head_dim,
-            itemsize,
-            shared_bytes_of(device),
-            paged=True,
-        )
-    num_programs = (num_tokens // tile.block_q + num_seqs) * num_kv_heads
+    group = num_heads // k_cache_NBKD.shape[2]
+    mean = -(-num_tokens // num_seqs)
+    if num_tokens == num_seqs:
+        launches = [("guess one", 1)]
+    elif tile is not None:
+        launches = [("any", mean)]
+    elif num_seqs == 1:
+        launches = [("many", mean)]
+    else:
+        # In this order: the merge of "many" also writes the rows of "one".
+        launches = [("many", max(mean, PROMPT_ROWS // group)), ("one", 1)]
+    for queries, number in launches:
+        _launch(
+            q_THD, k_cache_NBKD, v_cache_NBKD, out_THD, cu_seqlens_q.contiguous(),
+            kv_lens_S.contiguous(), block_table_SW, window, scale, softcap, num_splits,
+            tile or choose_tile(
+                number, group, head_dim, q_THD.element_size(), shared_bytes_of(q_THD.device),
+                paged=True,
+            ),
+            queries, pdl,
+        )  # fmt: skip
+    return out_THD
+
+
+def _launch(
+    q_THD: Tensor,
+    k_cache_NBKD: Tensor,
+    v_cache_NBKD: Tensor,
+    out_THD: Tensor,
+    cu_seqlens_q: Tensor,
+    kv_lens_S: Tensor,
+    block_table_SW: Tensor,
+    window: Window,
+    scale: float,
+    softcap: float,
+    num_splits: int | None,
+    tile: Tile,
+    queries: str,
+    pdl: bool,
+) -> None:
+    """Writes the rows of `out_THD` whose sequences have so many `queries` (`paged_attention_kernel`
+    says which words there are)."""
+    num_tokens, num_heads, head_dim = q_THD.shape
+    num_seqs, width = block_table_SW.shape
+    block_size, num_kv_heads = k_cache_NBKD.shape[1:3]
+    blocks = num_tokens // tile.block_q
     if num_splits is None:
         num_splits = choose_num_splits(
-            max(num_tokens // tile.block_q, num_seqs) * num_kv_heads,
+            (num_seqs if queries == "one" else max(blocks, num_seqs)) * num_kv_heads,
             -(-width * block_size // tile.block_n),
-            resident_programs(tile, itemsize, device),
+            resident_programs(tile, q_THD.element_size(), q_THD.device),
         )
-
-    part_PTHD, lse_PTH = out_THD, out_THD  # not used without a split
+    num_programs = (num_seqs if queries == "one" else blocks + num_seqs) * num_kv_heads
+    part_PRHD, lse_PRH = out_THD, out_THD  # not used without a split
+    num_rows = (num_seqs if queries == "one" else num_tokens) * num_heads
     if num_splits > 1:
-        rows = (num_splits, num_tokens, num_heads)
-        part_PTHD = torch.empty(*rows, head_dim, dtype=torch.float32, device=device)
-        lse_PTH = torch.empty(rows, dtype=torch.float32, device=device)
+        rows = (num_splits, num_rows)
+        part_PRHD = torch.empty(*rows, head_dim, dtype=torch.float32, device=q_THD.device)
+        lse_PRH = torch.empty(rows, dtype=torch.float32, device=q_THD.device)
     with on_device_of(q_THD):
         paged_attention_kernel[(num_programs * num_splits,)](
             q_THD,
             k_cache_NBKD,
             v_cache_NBKD,
-            part_PTHD,
-            lse_PTH,
-            cu_seqlens_q.contiguous(),
-            kv_lens_S.contiguous(),
+            part_PRHD,
+            lse_PRH,
+            cu_seqlens_q,
+            kv_lens_S,
             block_table_SW,
-            num_tokens,
+            num_rows,
             num_seqs,
             num_splits,
             *q_THD.stride()[:2],
             *block_table_SW.stride(),
             **window_arguments(window),
             **score_arguments(scale, softcap),
-            **tile_arguments(tile, group, head_dim),
+            **tile_arguments(tile, num_heads // num_kv_heads, head_dim),
             NUM_KV_HEADS=num_kv_heads,
             CACHE_BLOCK=block_size,
             IS_SPLIT=num_splits > 1,
-            ONE_QUERY_EACH=num_tokens == num_seqs,
+            QUERIES=queries,
             **launch_options(pdl),
         )
         if num_splits > 1:
-            merge_splits_kernel[(num_tokens * num_heads,)](
-                part_PTHD,
-                lse_PTH,
+            merge_splits_kernel[(num_rows,)](
+                part_PRHD,
+                lse_PRH,
                 out_THD,
-                num_tokens * num_heads,
+                cu_seqlens_q,
+                num_rows,
                 num_splits,
+                NUM_HEADS=num_heads,
                 HEAD_DIM=head_dim,
                 BLOCK_P=power_of_two(num_splits),
                 BLOCK_D=tile.block_d,
+                QUERIES=queries,
                 num_warps=1 if num_splits <= 8 else 4,
                 **launch_options(pdl),
             )
-    return out_THD
 
 
 @triton.jit
@@ -420,9 +448,9 @@ def guess_query(
 ):
     """What `find_queries` finds, and the sequence's length, where each has one query most likely.
 
-    The search reads eight numbers one after the other for 256 sequences, 4 us of the 13 that 160
-    keys take (H200). As many queries as sequences are one for each in a step that decodes; any
-    other division is seen in the numbers that are needed anyway, and then searched.
+    The search takes a part of the time that a decoding sequence takes for its keys. As many queries
+    as sequences are one for each in a step that decodes; any other division
+    is seen in the numbers that are needed anyway, and then searched.
     """
     # With one query each, sequence s begins at block s // BLOCK_Q + s.
     seq = tl.minimum(block - block // (BLOCK_Q + 1), num_seqs - 1)
@@ -440,7 +468,7 @@ def guess_query(
 
 @triton.jit(
     do_not_specialize=[
-        "num_tokens",
+        "num_rows",
         "num_seqs",
         "num_splits",
         "table_stride_s",  # the table's width, which grows while requests are served
@@ -457,7 +485,7 @@ def paged_attention_kernel(
     cu_seqlens_q_ptr,
     kv_lens_ptr,
     block_table_ptr,
-    num_tokens,
+    num_rows,
     num_seqs,
     num_splits,
     q_stride_t,
@@ -474,7 +502,7 @@ def paged_attention_kernel(
     NUM_KV_HEADS: tl.constexpr,
     CACHE_BLOCK: tl.constexpr,
     IS_SPLIT: tl.constexpr,
-    ONE_QUERY_EACH: tl.constexpr,
+    QUERIES: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -487,21 +515,33 @@ def paged_attention_kernel(
 ):
     """One program: BLOCK_Q queries of one sequence, the heads of one group, one share of the keys.
 
-    Without a split it writes the output; with one, float32 parts and their log-sums in base 2.
+    QUERIES says which sequences the launch serves: "any"; "guess one", any, but most likely each
+    has one query; "one", those that have one, of which no block is searched; "many", the others.
+    Without a split it writes the output; with one, float32 parts and their log-sums in base 2, of
+    `num_rows` rows: a token's heads, or ("one") a sequence's.
     Programs that start together read the same keys of other heads, neighbours in a cache's rows.
     """
     kv_head = tl.program_id(0) % NUM_KV_HEADS
     share = tl.program_id(0) // NUM_KV_HEADS
     split = share % num_splits
-    if ONE_QUERY_EACH:
+    if QUERIES == "guess one":
         seq, q_start, num_queries, first_query, num_keys = guess_query(
             cu_seqlens_q_ptr, kv_lens_ptr, share // num_splits, num_seqs, HAS_RIGHT, BLOCK_Q
         )
+    elif QUERIES == "one":
+        seq = share // num_splits
+        q_start = tl.load(cu_seqlens_q_ptr + seq)
+        num_queries = tl.load(cu_seqlens_q_ptr + seq + 1) - q_start
+        num_keys = tl.load(kv_lens_ptr + seq)
+        first_query = 0
+        num_queries = tl.where(num_queries == 1, 1, 0)
     else:
         seq, q_start, num_queries, first_query = find_queries(
             cu_seqlens_q_ptr, share // num_splits, num_seqs, HAS_RIGHT, BLOCK_Q
         )
         num_keys = tl.load(kv_lens_ptr + seq)
+        if QUERIES == "many":
+            num_queries = tl.where(num_queries == 1, 0, num_queries)
     if PDL:
         wait_for_predecessor()
     if first_query >= num_queries:
@@ -517,7 +557,9 @@ def paged_attention_kernel(
     in_tile_MD = in_tile_M[:, None] & (dim_D < HEAD_DIM)[None, :]
     part_row_M = token_M * (NUM_KV_HEADS * GROUP) + head_M
     if IS_SPLIT:
-        part_row_M += split.to(tl.int64) * num_tokens * (NUM_KV_HEADS * GROUP)
+        if QUERIES == "one":
+            part_row_M = seq.to(tl.int64) * (NUM_KV_HEADS * GROUP) + head_M
+        part_row_M += split.to(tl.int64) * num_rows
 
     position_M = query_M + (num_keys - num_queries)
     first = first_query + (num_keys - num_queries)
@@ -588,17 +630,30 @@ def merge_splits_kernel(
     part_ptr,
     lse_ptr,
     out_ptr,
+    cu_seqlens_q_ptr,
     num_rows,
     num_splits,
+    NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    QUERIES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One program: weighs the parts of one token's query head by their sums of exponents."""
+    """One program: weighs the parts of one token's query head by their sums of exponents.
+
+    Of a token whose sequence another launch serves it writes what that launch overwrites ("many",
+    which does not know the sequence), or nothing ("one").
+    """
     row = tl.program_id(0).to(tl.int64)
+    out_row = row
     if PDL:
         wait_for_predecessor()
+    if QUERIES == "one":
+        q_start = tl.load(cu_seqlens_q_ptr + row // NUM_HEADS)
+        if tl.load(cu_seqlens_q_ptr + row // NUM_HEADS + 1) != q_start + 1:
+            return
+        out_row = q_start.to(tl.int64) * NUM_HEADS + row % NUM_HEADS
     part_P = tl.arange(0, BLOCK_P)
     row_P = part_P.to(tl.int64) * num_rows + row
     dim_D = tl.arange(0, BLOCK_D)
@@ -615,5 +670,7 @@ def merge_splits_kernel(
     total = tl.sum(weight_P, 0)
     out_D = tl.sum(part_PD * weight_P[:, None], 0) / tl.where(total == 0.0, 1.0, total)
     tl.store(
-        out_ptr + row * HEAD_DIM + dim_D, out_D.to(out_ptr.dtype.element_ty), mask=dim_D < HEAD_DIM
+        out_ptr + out_row * HEAD_DIM + dim_D,
+        out_D.to(out_ptr.dtype.element_ty),
+        mask=dim_D < HEAD_DIM,
     )

@@ -175,19 +175,16 @@ def find_sequence(cu_seqlens_ptr, block, num_seqs, BLOCK_Q: tl.constexpr):
     """The sequence of a block of queries: s begins at block cu_seqlens[s] // BLOCK_Q + s.
 
     Every sequence gets at least the blocks it needs, and the host can bound their number by
-    T // BLOCK_Q + S without a length.
+    T // BLOCK_Q + S without a length. All begins are read at once: a binary search reads one after
+    the other, each for as long as a tile of keys takes (nine of 257 sequences: 4 us, H200).
     """
-    left = num_seqs * 0
-    right = num_seqs
-    # A loop of known length (one step more than needed does no harm) without `if`: beside a `while`
-    # or an `else` Triton 3.6 and 3.7 do not specialise warps.
-    for _ in range(tl.log2(num_seqs.to(tl.float32)).to(tl.int32) + 2):
-        middle = (left + right) // 2
-        is_right = tl.load(cu_seqlens_ptr + middle) // BLOCK_Q + middle <= block
-        is_right &= left < right
-        left = tl.where(is_right, middle + 1, left)
-        right = tl.where(is_right, right, middle)
-    return left - 1
+    num_left = num_seqs * 0
+    for first in range(0, num_seqs, 512):
+        seq_S = first + tl.arange(0, 512)
+        begin_S = tl.load(cu_seqlens_ptr + seq_S, mask=seq_S < num_seqs, other=0)
+        is_left_S = (seq_S < num_seqs) & (begin_S // BLOCK_Q + seq_S <= block)
+        num_left += tl.sum(is_left_S.to(tl.int32), 0)
+    return num_left - 1
 
 
 @triton.jit

@@ -10,25 +10,25 @@ import torch
 from torch import Tensor
 
 from minigen.kernels import few_rows_linear, paged_attention, rope_cache_write
-from minigen.kernels.few_rows_linear import MAX_INPUTS
+from minigen.kernels.few_rows_linear import MAX_INPUTS, PLAIN_ROWS, multiplies_tiles
 from minigen.model import Block, DecoderConfig, LayerKV
 
 # How the kernel names what config.json calls so.
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-# The four linear layers of Qwen3-0.6B with what is around them take 17, 21 and 30 us at 2, 4 and 8
-# rows on plain arithmetic units, cuBLAS's products alone 28, 28 and 25 (H200).
-MAX_ROWS, MAX_BFLOAT16_ROWS = 4, 32
+# The four linear layers of Qwen3-0.6B with what is around them take 17 and 21 us at 2 and 4 rows,
+# cuBLAS's products alone 28 (H200).
+MAX_ROWS = 32
 
 
 def serves_few_rows(
     config: DecoderConfig, num_rows: int, device: torch.device, dtype: torch.dtype
 ) -> bool:
     """Whether `few_rows_layer` does what a layer of this model is, and is quicker."""
-    most = MAX_BFLOAT16_ROWS if dtype == torch.bfloat16 else MAX_ROWS
     widest = max(config.hidden_size, config.num_heads * config.head_dim, config.intermediate_size)
     return (
         device.type == "cuda"
-        and num_rows <= most
+        and num_rows <= MAX_ROWS
+        and (num_rows <= PLAIN_ROWS or multiplies_tiles(num_rows, widest, dtype))
         and widest <= MAX_INPUTS
         and config.activation in _ACTIVATIONS
         and not config.post_norms
@@ -43,7 +43,7 @@ def few_rows_layer(
     cu_seqlens_S1: Tensor,
     kv: LayerKV,
 ) -> Tensor:
-    """What `block` gives for rows that attend over `kv`: [T, E], T at most `MAX_BFLOAT16_ROWS`.
+    """What `block` gives for rows that attend over `kv`: [T, E], T at most `MAX_ROWS`.
 
     Rounded to the dtype less often than by the separate operations.
     """

@@ -621,19 +621,18 @@ class Block(nn.Module):
     def forward(self, x_SjE: Tensor, cos_TR: Tensor, sin_TR: Tensor, kv: LayerKV | None) -> Tensor:
         out = self.attention(self.input_norm.jagged(x_SjE), cos_TR, sin_TR, kv)
         out = self.post_attention_norm.jagged(out) if self.post_attention_norm else out
-        x_SjE = self._added(x_SjE, out)
+        # In fp32, which rounds to the same: a plain sum the compiler leaves to the product before
+        # it, where cuBLAS copies x first (1.5 us of 8 at 256 rows, H200); this one joins the norm.
+        wide_TE = x_SjE.values().float() + self._dropped(out).values().float()
+        x_SjE = jagged(wide_TE.to(out.dtype), offsets_of(x_SjE))
         out = self.mlp(self.mlp_norm.jagged(x_SjE))
         out = self.post_mlp_norm.jagged(out) if self.post_mlp_norm else out
-        return self._added(x_SjE, out)
+        return x_SjE + self._dropped(out)
 
-    def _added(self, x_SjE: Tensor, out_SjE: Tensor) -> Tensor:
-        """x + out. In fp32, which rounds to the same: a plain sum the compiler would leave to the
-        product before it, and cuBLAS then copies x first (80 us a step of 256 rows, H200)."""
-        out = out_SjE.values()
-        if self.dropout != 0.0 and self.training:
-            out = F.dropout(out, self.dropout)
-        sum_TE = (x_SjE.values().float() + out.float()).to(out.dtype)
-        return jagged(sum_TE, offsets_of(x_SjE))
+    def _dropped(self, x_SjE: Tensor) -> Tensor:
+        if self.dropout == 0.0 or not self.training:
+            return x_SjE
+        return jagged(F.dropout(x_SjE.values(), self.dropout), offsets_of(x_SjE))
 
 
 def packed_layer(

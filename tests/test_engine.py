@@ -31,9 +31,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from minigen import LLM, SamplingParams
 from minigen.cache import BlockPool
 from minigen.engine import Engine
-from minigen.few_rows import MAX_BFLOAT16_ROWS, MAX_ROWS, serves_few_rows
+from minigen.few_rows import MAX_ROWS, serves_few_rows
 from minigen.graphs import HIDDEN, CaptureError, StepGraphs, bucket_sizes
 from minigen.kernels import native
+from minigen.kernels.few_rows_linear import PLAIN_ROWS
 from minigen.kernels.paged_attention import choose_num_splits
 from minigen.kernels.tiles import choose_tile
 from minigen.model import Decoder, DecoderConfig
@@ -284,10 +285,11 @@ def test_few_rows_give_what_the_layer_gives(long_rope: bool, monkeypatch) -> Non
 
 def test_few_rows_are_for_models_whose_layer_it_is() -> None:
     cuda, config = torch.device("cuda"), decoder().config
-    for dtype, most in ((torch.float16, MAX_ROWS), (torch.bfloat16, MAX_BFLOAT16_ROWS)):
+    for dtype, most in ((torch.float16, PLAIN_ROWS), (torch.bfloat16, MAX_ROWS)):
         assert serves_few_rows(config, most, cuda, dtype)
         assert not serves_few_rows(config, most + 1, cuda, dtype)
         assert not serves_few_rows(config, 1, torch.device("cpu"), dtype)
+    assert not serves_few_rows(replace(config, intermediate_size=5000), 8, cuda, torch.bfloat16)
     for change in ({"activation": "gelu"}, {"post_norms": True}, {"intermediate_size": 20000}):
         assert not serves_few_rows(replace(config, **change), 1, cuda, torch.bfloat16)
 

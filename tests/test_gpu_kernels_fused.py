@@ -16,7 +16,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from minigen.kernels.dependent_launch import has_dependent_launch
-from minigen.kernels.few_rows_dot import DotTile
+from minigen.kernels.few_rows_dot import MAX_CHUNKS, MAX_DOT_INPUTS, DotTile, choose_dot_tile
 from minigen.kernels.few_rows_linear import (
     MAX_INPUTS,
     LinearTile,
@@ -165,7 +165,7 @@ def test_rope_cache_write_beyond_32_bit_indexes() -> None:
 @given(linear_cases(DTYPES, 300 if INTERPRETED else 4000))
 def test_few_rows_linear_equals_definition(case: LinearCase) -> None:
     problem = make_linear_problem(case, DEVICE)
-    in_tiles = multiplies_tiles(case.num_rows, case.dtype)
+    in_tiles = multiplies_tiles(case.num_rows, case.num_inputs, case.dtype)
     assert_within(few_rows_linear_triton(*problem), *linear_reference(case, problem, in_tiles))
 
 
@@ -176,19 +176,34 @@ def test_few_rows_linear_with_any_tile(tile: LinearTile) -> None:
     assert_within(out_TF, *linear_reference(LINEAR_CASE, problem))
 
 
-DOT_TILES = (DotTile(8, 128, 1, 3), DotTile(16, 64, 2, 5), DotTile(64, 64, 4, 4))
+DOT_TILES = (DotTile(8, 64, 1), DotTile(16, 128, 4), DotTile(16, 1024, 8))
 
 
-@example(dataclasses.replace(LINEAR_CASE, num_rows=64), DOT_TILES[0])
-@example(dataclasses.replace(LINEAR_CASE, num_rows=17, num_outputs=130), DOT_TILES[2])
-@given(
-    linear_cases((DOT_DTYPE,), 300 if INTERPRETED else 4000, in_tiles=True),
-    st.sampled_from(DOT_TILES),
-)
-def test_few_rows_linear_in_tiles_equals_definition(case: LinearCase, tile: DotTile) -> None:
+@st.composite
+def cases_in_tiles(draw: st.DrawFn) -> tuple[LinearCase, DotTile]:
+    tile = draw(st.sampled_from(DOT_TILES))
+    most = min(MAX_CHUNKS * tile.block_e, 300 if INTERPRETED else MAX_DOT_INPUTS)
+    return draw(linear_cases((DOT_DTYPE,), most, in_tiles=True)), tile
+
+
+@example((dataclasses.replace(LINEAR_CASE, num_rows=32), DOT_TILES[0]))
+@example((dataclasses.replace(LINEAR_CASE, num_rows=17, num_outputs=130), DOT_TILES[2]))
+@given(cases_in_tiles())
+def test_few_rows_linear_in_tiles_equals_definition(found: tuple[LinearCase, DotTile]) -> None:
+    case, tile = found
+    case = dataclasses.replace(case, dtype=DOT_DTYPE)
     problem = make_linear_problem(case, DEVICE)
     out_TF = few_rows_linear_triton(*problem, tile=tile)
     assert_within(out_TF, *linear_reference(case, problem, in_tiles=True))
+
+
+@given(st.integers(1, 300_000), st.integers(1, MAX_DOT_INPUTS), st.booleans())
+def test_tiles_for_tensor_cores_reach_all_inputs(
+    num_outputs: int, num_inputs: int, has_activation: bool
+) -> None:
+    tile = choose_dot_tile(num_outputs, num_inputs, has_activation)
+    assert MAX_CHUNKS * tile.block_e >= num_inputs
+    assert tile.block_e // tile.num_warps >= 16  # what a tensor core takes of the inputs at once
 
 
 @given(st.integers(1, 300_000), st.integers(1, MAX_INPUTS), st.booleans())
@@ -204,13 +219,14 @@ def test_linear_tiles_fit_registers(
 
 def test_few_rows_linear_refuses_many_rows_and_wide_ones() -> None:
     half, brain = torch.float16, torch.bfloat16
-    for shape, dtype, most in (
-        ((9, 32), half, 8),
-        ((65, 32), brain, 64),
-        ((1, MAX_INPUTS + 1), brain, 64),
+    for shape, dtype in (
+        ((9, 32), half),
+        ((33, 32), brain),
+        ((9, MAX_DOT_INPUTS + 1), brain),
+        ((1, MAX_INPUTS + 1), brain),
     ):
         x_TE = torch.ones(shape, device=DEVICE, dtype=dtype)
-        with pytest.raises(ValueError, match=rf"at most {most} rows of at most 16384 .*linear"):
+        with pytest.raises(ValueError, match=rf"takes 8 rows .* {shape[1]}\) .* use linear"):
             few_rows_linear_triton(x_TE, torch.ones(1, shape[1], device=DEVICE, dtype=dtype))
 
 

@@ -228,7 +228,10 @@ def test_no_tile_spills_on_hopper(group: int) -> None:
         tile = choose_tile(queries, group, 128, 2, shared_bytes, paged=True)
         constants = constants_for(tile, group, 128, Window(None, 0), 0.0)
         constants |= {"CACHE_BLOCK": 16, "IS_SPLIT": queries == 1, "NUM_KV_HEADS": 8}
-        constants |= {"ONE_QUERY_EACH": queries == 1, **launch_options(queries == 1)}
+        constants |= {
+            "QUERIES": "guess one" if queries == 1 else "many",
+            **launch_options(queries == 1),
+        }
         compiled = check(paged_attention_kernel, "sm_90", constants, "bf16", True)
         # With 128 registers it keeps 20, and the tile was the fastest all the same.
         assert (compiled.stack_bytes or 0) <= (80 if tile.max_registers else few_bytes)
@@ -268,7 +271,10 @@ def test_exact_products_fit_registers_on_hopper(head_dim: int) -> None:
         tile = choose_tile(queries, 2, head_dim, 4, shared_bytes, paged=True)
         constants = constants_for(tile, 2, head_dim, Window(None, 0), 0.0)
         constants |= {"CACHE_BLOCK": 16, "IS_SPLIT": queries == 1, "NUM_KV_HEADS": 8}
-        constants |= {"ONE_QUERY_EACH": queries == 1, **launch_options(queries == 1)}
+        constants |= {
+            "QUERIES": "guess one" if queries == 1 else "many",
+            **launch_options(queries == 1),
+        }
         compiled = check(paged_attention_kernel, "sm_90", constants, "fp32", True)
         assert (compiled.stack_bytes or 0) <= 64
 
@@ -314,7 +320,7 @@ def test_paged_attention(
     tile = choose_tile(queries, group, head_dim, dtype.itemsize, shared_bytes, paged=True)
     constants = constants_for(tile, group, head_dim, Window(100, 0), 0.0)
     constants |= {"CACHE_BLOCK": 16, "IS_SPLIT": queries == 1, "NUM_KV_HEADS": 8}
-    constants |= {"ONE_QUERY_EACH": queries == 1}
+    constants |= {"QUERIES": "one" if queries == 1 else "any"}
     constants |= launch_options(target_name in ("sm_90", "sm_100"))
     check(paged_attention_kernel, target_name, constants, TRITON_TYPES[dtype])
 
@@ -324,7 +330,7 @@ def test_paged_attention_with_softcap(target_name: str) -> None:
     tile = choose_tile(200, 2, 256, 2, TARGETS[target_name][1], paged=True)
     constants = constants_for(tile, 2, 256, Window(4095, 0), 50.0)
     constants |= {"CACHE_BLOCK": 16, "IS_SPLIT": False, "NUM_KV_HEADS": 8}
-    constants |= {"ONE_QUERY_EACH": False, **launch_options(False)}
+    constants |= {"QUERIES": "many", **launch_options(False)}
     check(paged_attention_kernel, target_name, constants, "bf16")
 
 
@@ -333,7 +339,14 @@ def test_merge_and_cache_write(target_name: str) -> None:
     check(
         merge_splits_kernel,
         target_name,
-        {"BLOCK_P": 64, "HEAD_DIM": 80, "BLOCK_D": 128, **launch_options(False)},
+        {
+            "NUM_HEADS": 6,
+            "BLOCK_P": 64,
+            "HEAD_DIM": 80,
+            "BLOCK_D": 128,
+            "QUERIES": "one",
+            **launch_options(False),
+        },
         "bf16",
     )
     check(
@@ -397,7 +410,7 @@ def test_few_rows_linear(
 
 
 @by_target
-@pytest.mark.parametrize("num_rows", [8, 32, 64])
+@pytest.mark.parametrize("num_rows", [8, 32])
 @pytest.mark.parametrize(
     ("num_outputs", "num_inputs", "activation"),
     [(4096, 1024, ""), (1024, 3072, ""), (3072, 1024, "silu"), (100, 80, "")],
@@ -405,7 +418,9 @@ def test_few_rows_linear(
 def test_few_rows_dot(
     target_name: str, num_outputs: int, num_inputs: int, activation: str, num_rows: int
 ) -> None:
-    tile = choose_dot_tile(num_rows, num_outputs, activation != "")
+    if num_rows > 16 and num_inputs > 1024 and target_name in ("sm_86", "gfx942"):
+        pytest.skip("two chunks of 32 rows do not fit its shared memory")
+    tile = choose_dot_tile(num_outputs, num_inputs, activation != "")
     constants = {
         "NUM_INPUTS": num_inputs,
         "NUM_OUTPUTS": num_outputs,
@@ -417,15 +432,14 @@ def test_few_rows_dot(
         "HAS_NORM": num_inputs == 1024,
         "ACTIVATION": activation,
         "num_warps": tile.num_warps,
-        "num_stages": tile.num_stages,
+        "NUM_WARPS": tile.num_warps,
         **launch_options(target_name in ("sm_90", "sm_100")),
     }
     compiled = check(few_rows_dot_kernel, target_name, constants, "bf16", aligned=True)
     if target_name == "sm_90":
         assert (compiled.stack_bytes or 0) == 0
-        # Weight and x come to shared memory while others are multiplied.
-        copies = compiled.ttgir.count("async_copy_global_to_local")
-        assert copies >= 2 or num_inputs <= tile.block_e
+        # Each warp multiplies its part of the inputs by all outputs of the program.
+        assert f"warpsPerCTA = [{tile.num_warps}, 1, 1], instrShape" in compiled.ttgir
 
 
 @by_target

@@ -675,7 +675,11 @@ def kernel_of(section: str, heads: Heads, candidate: Candidate) -> tuple[Any, di
     if section != "varlen":
         cache = {"NUM_KV_HEADS": heads.key, "CACHE_BLOCK": CACHE_BLOCK}
         decodes = section == "decode"
-        cache |= {"IS_SPLIT": decodes, "ONE_QUERY_EACH": decodes, **launch_options(False)}
+        cache |= {
+            "IS_SPLIT": decodes,
+            "QUERIES": "guess one" if decodes else "any",
+            **launch_options(False),
+        }
         return paged_attention_kernel, constants | cache
     constants["SLOTS_A_KEY_HEAD"] = group // packed
     if not candidate.descriptors:
