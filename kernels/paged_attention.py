@@ -43,6 +43,7 @@ from minigen.kernels.tiles import (
     window_arguments,
 )
 from minigen.kernels.triton_import import tl, triton
+from minigen.kernels.varlen_attention_gluon import GluonTile, launch_gluon
 
 # Rows of a tile, at least, in a step that does not only decode. 128, the best for prompts alone
 # (`choose_tile`), would multiply 64 more rows of zeros for every sequence that decodes. A prompt of
@@ -278,11 +279,12 @@ def paged_attention_triton(
     scale: float,
     softcap: float,
     num_splits: int | None = None,
-    tile: Tile | None = None,
+    tile: Tile | GluonTile | None = None,
 ) -> Tensor:
     """Launches the kernels on checked arguments: on a GPU, or on the CPU in Triton's interpreter.
 
-    `num_splits` (1 to 64) and `tile` are chosen by size unless given.
+    `num_splits` (1 to 64) and `tile` are chosen by size unless given. A `GluonTile` runs the kernel
+    of `varlen_attention_gluon.py` without a split, and wants `fits_gluon` and cache blocks of 16.
     """
     if q_THD.stride(-1) != 1:
         q_THD = q_THD.contiguous()
@@ -292,6 +294,21 @@ def paged_attention_triton(
     device = q_THD.device
     out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=device)
     if num_tokens == 0 or num_seqs == 0:
+        return out_THD
+    if isinstance(tile, GluonTile):
+        launch_gluon(
+            q_THD,
+            k_cache_NBKD.flatten(0, 1),
+            v_cache_NBKD.flatten(0, 1),
+            out_THD,
+            None,
+            cu_seqlens_q.contiguous(),
+            kv_lens_S.contiguous(),
+            block_table_SW.contiguous(),
+            window=window,
+            scale=scale,
+            tile=tile,
+        )
         return out_THD
     q_THD, scale = positive_scale(q_THD, scale)
     group = num_heads // num_kv_heads
