@@ -48,6 +48,7 @@ from minigen.kernels.tiles import (
     window_arguments,
 )
 from minigen.kernels.triton_import import tl, triton
+from minigen.kernels.varlen_attention_gluon import GluonTile, launch_gluon
 
 # Rows of a prompt's tile, at least: how many queries a prompt has is known to the GPU alone.
 PROMPT_ROWS = 128
@@ -287,14 +288,16 @@ def paged_attention_triton(
     scale: float,
     softcap: float,
     num_splits: int | None = None,
-    tile: Tile | None = None,
+    tile: Tile | GluonTile | None = None,
     pdl: bool = False,
 ) -> Tensor:
     """Launches the kernels on checked arguments: on a GPU, or on the CPU in Triton's interpreter.
 
     Sequences of one query and others, whose tiles are made for different work, get a launch each
     where a step may have both. `num_splits` (1 to 64) and `tile` are chosen by size unless given;
-    a given tile serves all. `pdl` needs a GPU of sm_90 or later.
+    a given tile serves all. `pdl` needs a GPU of sm_90 or later. A
+    `GluonTile` runs the kernel of `varlen_attention_gluon.py` without a split, and wants
+    `fits_gluon` and cache blocks of 16.
     """
     if q_THD.stride(-1) != 1:
         q_THD = q_THD.contiguous()
@@ -302,6 +305,21 @@ def paged_attention_triton(
     num_seqs = block_table_SW.shape[0]
     out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
     if num_tokens == 0 or num_seqs == 0:
+        return out_THD
+    if isinstance(tile, GluonTile):
+        launch_gluon(
+            q_THD,
+            k_cache_NBKD.flatten(0, 1),
+            v_cache_NBKD.flatten(0, 1),
+            out_THD,
+            None,
+            cu_seqlens_q.contiguous(),
+            kv_lens_S.contiguous(),
+            block_table_SW.contiguous(),
+            window=window,
+            scale=scale,
+            tile=tile,
+        )
         return out_THD
     q_THD, scale = positive_scale(q_THD, scale)
     group = num_heads // k_cache_NBKD.shape[2]

@@ -39,6 +39,7 @@ from minigen.kernels.tiles import (
 )
 from minigen.kernels.triton_import import tl, triton
 from minigen.kernels.varlen_attention_backward import varlen_attention_backward
+from minigen.kernels.varlen_attention_gluon import GluonTile, launch_gluon
 from minigen.kernels.varlen_attention_tma import (
     choose_descriptor_tile,
     fits_tensor_descriptors,
@@ -225,13 +226,14 @@ def varlen_attention_triton(
     window: Window,
     scale: float,
     softcap: float,
-    tile: Tile | None = None,
+    tile: Tile | GluonTile | None = None,
     tensor_descriptors: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Launches a kernel on checked arguments: on a GPU, or on the CPU in Triton's interpreter.
 
     `tile` is chosen by size unless given. `tensor_descriptors` runs the kernel of
-    `varlen_attention_tma.py`, which wants `fits_tensor_descriptors`.
+    `varlen_attention_tma.py`, which wants `fits_tensor_descriptors`; a `GluonTile` that of
+    `varlen_attention_gluon.py`, which wants `fits_gluon`.
     """
     q_THD, k_TKD, v_TKD = (
         x if x.stride(-1) == 1 and x.stride(0) < MAX_TOKEN_STRIDE else x.contiguous()
@@ -242,6 +244,12 @@ def varlen_attention_triton(
     group = num_heads // k_TKD.shape[1]
     num_seqs = cu_seqlens_q.shape[0] - 1
     if num_tokens == 0 or num_seqs == 0:
+        return out_THD, lse_HT
+    if isinstance(tile, GluonTile):
+        lengths = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
+        launch_gluon(
+            q_THD, k_TKD, v_TKD, out_THD, lse_HT, *lengths, window=window, scale=scale, tile=tile
+        )
         return out_THD, lse_HT
     q_THD, scale = positive_scale(q_THD, scale)
     if tile is None:

@@ -24,6 +24,7 @@ from minigen.kernels.paged_attention import choose_num_splits, paged_attention_t
 from minigen.kernels.tiles import Tile, find_queries, power_of_two
 from minigen.kernels.triton_import import tl, triton
 from minigen.kernels.varlen_attention import MAX_TOKEN_STRIDE, varlen_attention_triton
+from minigen.kernels.varlen_attention_gluon import DEFAULT_TILE, GluonTile, fits_gluon
 from minigen.kernels.varlen_attention_tma import fits_tensor_descriptors
 from tests.attention_cases import (
     Case,
@@ -81,7 +82,7 @@ def run_paged(
     case: Case,
     qkv: tuple[Tensor, Tensor, Tensor],
     num_splits: int | None = None,
-    tile: Tile | None = None,
+    tile: Tile | GluonTile | None = None,
 ) -> Tensor:
     paged = make_paged(case, DEVICE)
     kv_cache_write_triton(*qkv[1:], paged.k_cache_NBKD, paged.v_cache_NBKD, paged.slots_T)
@@ -101,7 +102,7 @@ def run_paged(
 def run_varlen(
     case: Case,
     qkv: tuple[Tensor, Tensor, Tensor],
-    tile: Tile | None = None,
+    tile: Tile | GluonTile | None = None,
     tensor_descriptors: bool = False,
 ) -> tuple[Tensor, Tensor]:
     return varlen_attention_triton(
@@ -219,6 +220,101 @@ def test_varlen_with_specialised_warps_equals_definition(case: Case, block_n: in
     out_THD, lse_HT = run_varlen(case, qkv, Tile(128, 128, block_n, block_d, 4, 2), True)
     assert_within(out_THD, expected.out_THD, expected.out_error_THD)
     assert_within(lse_HT, expected.lse_HT, expected.lse_error_HT)
+
+
+def has_gluon() -> bool:
+    if INTERPRETED or not torch.cuda.is_available():
+        return False
+    one_THD = torch.zeros(1, 1, 128, dtype=torch.bfloat16, device=DEVICE)
+    return fits_gluon(one_THD, one_THD, one_THD, 0.0)
+
+
+needs_gluon = pytest.mark.skipif(
+    not has_gluon(), reason="needs a Hopper GPU, and a Triton whose Gluon was tried"
+)
+
+
+# Few of them: each is compiled for every kind of window.
+GLUON_KINDS = (
+    (torch.bfloat16, 4, 128, DEFAULT_TILE),
+    (torch.float16, 2, 64, GluonTile(block_n=64, stages=3, query_stages=1)),
+)
+
+
+@st.composite
+def gluon_cases(draw: st.DrawFn) -> tuple[Case, GluonTile]:
+    case = draw(cases(HALF_DTYPES, MAX_LEN))
+    dtype, group, head_dim, tile = draw(st.sampled_from(GLUON_KINDS))
+    case = dataclasses.replace(
+        case,
+        num_heads=case.num_kv_heads * group,
+        head_dim=head_dim,
+        dtype=dtype,
+        softcap=0.0,
+        block_size=16,
+    )
+    return case, tile
+
+
+@needs_gluon
+@given(gluon_cases())
+def test_varlen_in_gluon_equals_definition(drawn: tuple[Case, GluonTile]) -> None:
+    case, tile = drawn
+    qkv = make_qkv(case, DEVICE)
+    expected = reference(case, *qkv)
+    if qkv[1].numel() > 0:  # else a descriptor would have no row
+        out_THD, lse_HT = run_varlen(case, qkv, tile)
+        assert_within(out_THD, expected.out_THD, expected.out_error_THD)
+        assert_within(lse_HT, expected.lse_HT, expected.lse_error_HT)
+
+
+@needs_gluon
+@given(gluon_cases())
+def test_paged_in_gluon_equals_definition(drawn: tuple[Case, GluonTile]) -> None:
+    case, tile = drawn
+    qkv = make_qkv(case, DEVICE)
+    expected = reference(case, *qkv)
+    out_THD = run_paged(case, qkv, tile=tile)
+    assert_within(out_THD, expected.out_THD, expected.out_error_THD)
+
+
+@needs_gluon
+def test_a_program_takes_many_tiles_in_gluon() -> None:
+    """More than two for each, of every length, so that all barriers go round several times."""
+    case = dataclasses.replace(
+        LEAK_CASE,
+        q_lens=(1, 1900, 130, 700, 0, 2, 1300, 64),
+        kv_lens=(900, 1900, 130, 1500, 3, 2, 1300, 65),
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        causal=True,
+        block_size=16,
+    )
+    qkv = make_qkv(case, DEVICE)
+    expected = reference(case, *qkv)
+    for _ in range(3):
+        out_THD, lse_HT = run_varlen(case, qkv, DEFAULT_TILE)
+        assert_within(out_THD, expected.out_THD, expected.out_error_THD)
+        assert_within(lse_HT, expected.lse_HT, expected.lse_error_HT)
+        assert_within(
+            run_paged(case, qkv, tile=DEFAULT_TILE), expected.out_THD, expected.out_error_THD
+        )
+
+
+@needs_gluon
+def test_neighbours_cannot_leak_in_gluon() -> None:
+    """Boxes of keys and values run over the end of a sequence; what lies there may be NaN."""
+    lengths = (100, 7, 30, 300)
+    case = dataclasses.replace(
+        LEAK_CASE, q_lens=lengths, kv_lens=lengths, num_heads=4, head_dim=128
+    )
+    mine = make_qkv(case, DEVICE)
+    expected_THD, _ = run_varlen(case, mine, DEFAULT_TILE)
+    for x_THD in mine:
+        x_THD[107:] = torch.nan
+    out_THD, _ = run_varlen(case, mine, DEFAULT_TILE)
+    assert torch.equal(out_THD[:107], expected_THD[:107])
 
 
 @given(

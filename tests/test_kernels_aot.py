@@ -25,6 +25,7 @@ from minigen.kernels.draw_tokens import (
 )
 from minigen.kernels.few_rows_dot import choose_dot_tile, few_rows_dot_kernel
 from minigen.kernels.few_rows_linear import choose_linear_tile, few_rows_linear_kernel
+from minigen.kernels.gluon_import import KNOWN_GLUON
 from minigen.kernels.kv_cache_write import kv_cache_write_kernel
 from minigen.kernels.paged_attention import merge_splits_kernel, paged_attention_kernel
 from minigen.kernels.rope_cache_write import rope_cache_write_kernel, rope_constants
@@ -43,12 +44,13 @@ from minigen.kernels.varlen_attention_backward import (
     key_gradients_kernel,
     query_gradient_kernel,
 )
+from minigen.kernels.varlen_attention_gluon import DEFAULT_TILE, Sizes
 from minigen.kernels.varlen_attention_tma import (
     choose_descriptor_tile,
     prefers_descriptors,
     varlen_attention_tma_kernel,
 )
-from tools.compile_ahead import Compiled, compile_ahead
+from tools.compile_ahead import Compiled, compile_ahead, compile_gluon_ahead
 
 KIB = 1024
 # Target, and the shared memory it grants one program.
@@ -203,6 +205,28 @@ def test_warps_are_specialised_on_hopper(head_dim: int, block_n: int) -> None:
     assert "end = 128 : i32, start = 64 : i32" in second
     additions = [len(re.findall(r"arith\.addi .*: i32\b", group)) for group in (first, second)]
     assert additions[0] == additions[1]
+
+
+@pytest.mark.skipif(not KNOWN_GLUON, reason="this Triton's Gluon was never tried")
+@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize(
+    ("head_dim", "group", "has_left", "floats"),
+    [(128, 4, False, "bf16"), (128, 1, True, "bf16"), (64, 8, True, "fp16")],
+)
+def test_gluon_attention(
+    head_dim: int, group: int, has_left: bool, floats: str, paged: bool
+) -> None:
+    sizes = Sizes(head_dim, group, *DEFAULT_TILE, has_left, True, paged)
+    compiled = compile_gluon_ahead(sizes, floats)
+    assert compiled.num_warps == 12  # two groups that multiply, and one of which a warp loads
+    assert compiled.warp_specialized
+    assert compiled.shared_bytes <= TARGETS["sm_90"][1]
+    assert (compiled.registers or 0) <= 168
+    # A window's third loop keeps some values on the stack.
+    assert (compiled.stack_bytes or 0) <= (32 if has_left else 8)
+    # In a loop over tiles of keys the scores are awaited alone, the second product in flight.
+    loops = re.findall(r"warp_group_dot_wait .*\{pendings = (\d) : i32\}", compiled.ttgir)
+    assert loops.count("1") == 2 * (3 if has_left else 2)
 
 
 def programs_at_once(compiled: Compiled) -> int:

@@ -75,6 +75,43 @@ def compile_ahead(
             if name not in constants and (name.endswith("_ptr") or name in aligned)
         },
     )
+    return _compiled(source, target, options)
+
+
+def compile_gluon_ahead(sizes: Any, floats: str) -> Compiled:
+    """`attention_gluon_kernel` for Hopper, with the descriptors that `launch_gluon` makes it."""
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from minigen.kernels.gluon_import import gl
+    from minigen.kernels.varlen_attention_gluon import CACHE_BOX, attention_gluon_kernel
+
+    flat, boxes = (gl.NVMMASharedLayout(128, 16, rank) for rank in (2, 3))
+    box = [CACHE_BOX, 64] if sizes.paged else [sizes.block_n, sizes.head_dim]
+    queries = [sizes.group_queries, sizes.group, sizes.head_dim]
+    constants = {"SIZES": sizes} | ({"lse_ptr": None} if sizes.paged else {})
+    known = {
+        "q_desc": f"tensordesc<{floats}{queries},{boxes}>",
+        "k_desc": f"tensordesc<{floats}{box},{flat}>",
+        "v_desc": f"tensordesc<{floats}{[1, *box]},{boxes}>",
+        "out_ptr": f"*{floats}",
+        "lse_ptr": "*fp32",
+        "score_scale": "fp32",
+    } | dict.fromkeys(constants, "constexpr")
+    names = attention_gluon_kernel.arg_names
+    source = GluonASTSource(
+        attention_gluon_kernel,
+        {name: known.get(name, "*i32" if name.endswith("_ptr") else "i32") for name in names},
+        constants,
+        {
+            (index,): [["tt.divisibility", 16]]
+            for index, name in enumerate(names)
+            if name.endswith("_ptr") and name not in constants
+        },
+    )
+    return _compiled(source, HOPPER, {"num_warps": 4})
+
+
+def _compiled(source: ASTSource, target: GPUTarget, options: dict[str, Any]) -> Compiled:
     compiled = compile(source, target=target, options=options)
     binary = compiled.asm["cubin" if target.backend == "cuda" else "hsaco"]
     registers, stack_bytes = _resources(binary) if target.backend == "cuda" else (None, None)
