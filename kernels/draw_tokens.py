@@ -117,15 +117,15 @@ def draw_tokens_triton(
     bounds_RC = peaks_RC if greedy else torch.empty_like(peaks_RC)
     shape = (vocab_size, num_runs, logits_RV.stride(0))
     constants = {"RUN": launch.run, "GREEDY": greedy}
+    numbers = temperature_R, min_p_R, seed_R, sample_R, position_R
     with on_device_of(logits_RV):
         run_bounds_kernel[(num_rows, num_programs)](
-            logits_RV, peaks_RC, bounds_RC, temperature_R, seed_R, sample_R, position_R, *shape,
+            logits_RV, peaks_RC, bounds_RC, *numbers, *shape,
             **constants, RUNS=launch.runs_a_program, num_warps=launch.bounds_warps,
         )  # fmt: skip
         choose_kernel[(num_rows,)](
-            logits_RV, peaks_RC, bounds_RC, tokens_R, temperature_R, min_p_R, seed_R, sample_R,
-            position_R, *shape, **constants, BLOCK_C=power_of_two(num_runs),
-            num_warps=launch.choose_warps,
+            logits_RV, peaks_RC, bounds_RC, tokens_R, *numbers, *shape,
+            **constants, BLOCK_C=power_of_two(num_runs), num_warps=launch.choose_warps,
         )  # fmt: skip
     return tokens_R
 
@@ -210,11 +210,18 @@ def upper_scores(bound_C, peak, temperature):
 
 
 @triton.jit
+def threshold_of(peak, temperature, min_p):
+    """The least logit that min-p keeps beside `peak`, in float64; -inf without."""
+    return peak.to(tl.float64) + temperature.to(tl.float64) * tl.log(min_p.to(tl.float64))
+
+
+@triton.jit
 def run_bounds_kernel(
     logits_ptr,
     peaks_ptr,
     bounds_ptr,
     temperature_ptr,
+    min_p_ptr,
     seed_ptr,
     sample_ptr,
     position_ptr,
@@ -226,21 +233,46 @@ def run_bounds_kernel(
     GREEDY: tl.constexpr,
 ):
     """One program: of each of its runs the largest logit, and of a row that is drawn the largest of
-    the scores' bounds."""
+    the scores' bounds.
+
+    What min-p does not keep beside the run's largest logit it does not keep beside the row's, which
+    is not known here.
+    """
     row = tl.program_id(0)
     temperature = 0.0
     if not GREEDY:
         temperature = tl.load(temperature_ptr + row)
+        min_p = tl.load(min_p_ptr + row)
         low, high = row_key(seed_ptr, sample_ptr, position_ptr, row)
     for index in range(RUNS):
         run = tl.program_id(1) * RUNS + index
         _, logit_N = load_run(logits_ptr, row, run, vocab_size, stride_r, RUN)
         place = row.to(tl.int64) * num_runs + run
-        tl.store(peaks_ptr + place, tl.max(logit_N, 0))
+        peak = tl.max(logit_N, 0)
+        tl.store(peaks_ptr + place, peak)
         if not GREEDY:  # noqa: SIM102  a constant, and a number of the row's
             if temperature != 0.0:
-                bound_N = score_bounds(logit_N, word_bits(low, high, run, RUN), temperature)
-                tl.store(bounds_ptr + place, tl.max(bound_N, 0))
+                # A branch each: a mask that also serves rows without min-p is two instructions a
+                # word of twenty, and values that both branches share cost registers.
+                if min_p > 0.0:
+                    # Rounded, the threshold is not above a float32 that it was not above before.
+                    least = threshold_of(peak, temperature, min_p).to(tl.float32)
+                    kept_N = tl.where(logit_N >= least, logit_N, float("-inf"))
+                    bound_N = score_bounds(kept_N, word_bits(low, high, run, RUN), temperature)
+                    tl.store(bounds_ptr + place, tl.max(bound_N, 0))
+                else:
+                    bound_N = score_bounds(logit_N, word_bits(low, high, run, RUN), temperature)
+                    tl.store(bounds_ptr + place, tl.max(bound_N, 0))
+
+
+@triton.jit
+def next_run(upper_C, may_hold_C, run_C, upper, run, num_runs):
+    """The run behind the given one, and its bound, when those that may hold the token are ordered
+    from the highest bound to the lowest, equal ones by their numbers; `num_runs` behind the last.
+    NaN comes nowhere."""
+    behind_C = may_hold_C & ((upper_C < upper) | ((upper_C == upper) & (run_C > run)))
+    highest = tl.max(tl.where(behind_C, upper_C, float("-inf")), 0)
+    return tl.min(tl.where(behind_C & (upper_C == highest), run_C, num_runs), 0), highest
 
 
 @triton.jit
@@ -263,8 +295,8 @@ def choose_kernel(
 ):
     """One program: a row's token, the first of equal ones, from the runs that may hold it.
 
-    The run with the highest bound comes first, the others in order, as long as their bounds are
-    not below the best score so far. Min-p leaves out runs of which no word is likely enough.
+    They come from the highest bound on, until a bound is below the best score so far. Min-p leaves
+    out runs of which no word is likely enough.
     """
     row = tl.program_id(0)
     run_C = tl.arange(0, BLOCK_C)
@@ -278,18 +310,14 @@ def choose_kernel(
         temperature = tl.load(temperature_ptr + row)
         is_drawn = temperature != 0.0
         low, high = row_key(seed_ptr, sample_ptr, position_ptr, row)
-        # The least logit that min-p keeps; -inf without.
-        log_min_p = tl.log(tl.load(min_p_ptr + row).to(tl.float64))
-        threshold = peak.to(tl.float64) + temperature.to(tl.float64) * log_min_p
+        threshold = threshold_of(peak, temperature, tl.load(min_p_ptr + row))
         if is_drawn:
             bound_C = tl.load(bounds_ptr + place_C, mask=run_C < num_runs, other=float("-inf"))
             upper_C = upper_scores(bound_C, peak, temperature)
             may_hold_C = may_hold_C & (peak_C.to(tl.float64) >= threshold)
-    highest = tl.max(tl.where(may_hold_C, upper_C, float("-inf")), 0)
-    first = tl.min(tl.where(may_hold_C & (upper_C == highest), run_C, num_runs), 0)
     best = tl.full([], float("-inf"), tl.float64)
     token = tl.full([], 0, tl.int64)
-    run = first
+    run, upper = next_run(upper_C, may_hold_C, run_C, float("inf"), -1, num_runs)
     while run < num_runs:
         word_N, logit_N = load_run(logits_ptr, row, run, vocab_size, stride_r, RUN)
         score_N = logit_N.to(tl.float64)
@@ -304,9 +332,8 @@ def choose_kernel(
         if (best_of_run > best) | ((best_of_run == best) & (word < token)):
             best = best_of_run
             token = word
-        behind = tl.where(run == first, -1, run)
-        left_C = may_hold_C & (run_C > behind) & (run_C != first)
-        run = tl.min(tl.where(left_C & (upper_C >= best), run_C, num_runs), 0)
-        if not is_drawn:  # the first run with the largest logit has the token
+        run, upper = next_run(upper_C, may_hold_C, run_C, upper, run, num_runs)
+        # Of a greedy row the first run with the largest logit has the token.
+        if (not is_drawn) | (upper < best):
             run = num_runs
     tl.store(tokens_ptr + row, token)

@@ -405,5 +405,5 @@ def test_draw_tokens(target_name: str, greedy: bool, num_rows: int) -> None:
         if target_name == "sm_90":
             assert (compiled.stack_bytes or 0) == 0, kernel
             if kernel is run_bounds_kernel:  # of `choose_kernel` there is one a row
-                # Twenty warps a multiprocessor: while one waits for its words, others compute.
-                assert (compiled.registers or 0) <= 102
+                # Sixteen warps a multiprocessor: while one waits for its words, others compute.
+                assert (compiled.registers or 0) <= 128
