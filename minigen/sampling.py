@@ -557,29 +557,48 @@ def _sum_before(x_RC: Tensor) -> Tensor:
 
 
 def _exponential(vocab_size: int, seed_R: Tensor, sample_R: Tensor, position_R: Tensor) -> Tensor:
-    """Exponential noise [R, V], float64, from SplitMix64's hash of (seed, sample, position, id).
+    """Exponential noise [R, V], float64, from a hash of (seed, sample, position, id).
 
-    Steele, Lea, Flood, "Fast splittable pseudorandom number generators" (2014). The uniform
-    (bits + 1/2) / 2^32 is exact in float64 and neither 0 nor 1, so that E is neither 0 nor inf.
+    The uniform (bits + 1/2) / 2^32 is exact in float64 and neither 0 nor 1, so that E is neither 0
+    nor inf.
     """
     key_R = _mix(_mix(_mix(seed_R + _GOLDEN) + sample_R + _GOLDEN) + position_R + _GOLDEN)
-    # Ids are joined by xor: Inductor turns sums and products of an arange into index arithmetic,
-    # which does not wrap at 64 bits (torch 2.13 on the CPU: other numbers, then memory corrupted).
-    ids_V = torch.arange(vocab_size, device=seed_R.device)
-    bits_RV = _logical_shift(_mix((key_R[:, None] ^ ids_V) * _GOLDEN), 32)
+    bits_RV = _word_bits(vocab_size, key_R)
     return -torch.log1p(-(bits_RV.double() + 0.5) * 2.0**-32)
 
 
-# SplitMix64's constants as the signed numbers that int64 tensors take.
+# The constants of both hashes; SplitMix64's as the signed numbers that int64 tensors take.
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 _MULTIPLIER_1 = 0xBF58476D1CE4E5B9 - 2**64
 _MULTIPLIER_2 = 0x94D049BB133111EB - 2**64
+_ROUNDS = ((17, 0xED5AD4BB), (11, 0xAC4C1B51), (15, 0x31848BAB))
+_LOW_32 = 2**32 - 1
 
 
 def _mix(x: Tensor) -> Tensor:
+    """SplitMix64's finish (Steele, Lea, Flood, "Fast splittable pseudorandom number generators",
+    2014): once a row, so that rows have keys of 64 unrelated bits."""
     x = (x ^ _logical_shift(x, 30)) * _MULTIPLIER_1
     x = (x ^ _logical_shift(x, 27)) * _MULTIPLIER_2
     return x ^ _logical_shift(x, 31)
+
+
+def _word_bits(vocab_size: int, key_R: Tensor) -> Tensor:
+    """32 random bits a word [R, V], as int64 of 0 to 2^32 - 1: a finish of 32 bits, ten
+    instructions of a GPU, where one of 64 bits takes thirty.
+
+    The rounds are those of triple32 (Wellons, "Prospecting for hash functions", 2018) in 32 bits.
+    One half of the key turns the ids and is added at the end, the other is added after the first
+    round. A row's words never share their bits, for each step can be undone. Without the last sum
+    a word whose bits are small, so one that wins, would tell much of its neighbours'.
+    """
+    low_R1, high_R1 = (key_R & _LOW_32)[:, None], _logical_shift(key_R, 32)[:, None]
+    # Ids are joined by xor: Inductor turns sums and products of an arange into index arithmetic,
+    # which does not wrap at 64 bits (torch 2.13 on the CPU: other numbers, then memory corrupted).
+    x_RV = low_R1 ^ torch.arange(vocab_size, device=key_R.device)
+    for (shift, multiplier), added in zip(_ROUNDS, (high_R1, 0, low_R1), strict=True):
+        x_RV = ((x_RV ^ (x_RV >> shift)) * multiplier + added) & _LOW_32
+    return x_RV
 
 
 def _logical_shift(x: Tensor, bits: int) -> Tensor:

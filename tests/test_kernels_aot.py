@@ -17,12 +17,7 @@ from triton.backends.compiler import GPUTarget
 
 from minigen.kernels.checks import Window
 from minigen.kernels.dependent_launch import launch_options
-from minigen.kernels.draw_tokens import (
-    RUN,
-    choose_kernel,
-    run_peaks_kernel,
-    run_scores_kernel,
-)
+from minigen.kernels.draw_tokens import choose_kernel, choose_launch, run_bounds_kernel
 from minigen.kernels.few_rows_dot import choose_dot_tile, few_rows_dot_kernel
 from minigen.kernels.few_rows_linear import choose_linear_tile, few_rows_linear_kernel
 from minigen.kernels.gluon_import import KNOWN_GLUON
@@ -468,11 +463,19 @@ def test_few_rows_dot(
 
 @by_target
 @pytest.mark.parametrize("greedy", [False, True])
-def test_draw_tokens(target_name: str, greedy: bool) -> None:
-    constants = {"RUN": RUN, "BLOCK_C": 256, "GREEDY": greedy, "num_warps": 4}
-    for kernel in (run_peaks_kernel, run_scores_kernel, choose_kernel):
-        compiled = check(kernel, target_name, constants, "bf16")
+@pytest.mark.parametrize("num_rows", [1, 256])
+def test_draw_tokens(target_name: str, greedy: bool, num_rows: int) -> None:
+    launch = choose_launch(num_rows, 151_936)
+    constants = {
+        "RUN": launch.run, "RUNS": launch.runs_a_program, "BLOCK_C": 256, "GREEDY": greedy,
+    }  # fmt: skip
+    for kernel, num_warps in (
+        (run_bounds_kernel, launch.bounds_warps),
+        (choose_kernel, launch.choose_warps),
+    ):
+        compiled = check(kernel, target_name, constants | {"num_warps": num_warps}, "bf16")
         if target_name == "sm_90":
-            if kernel is not choose_kernel:  # of which there is one a row
-                assert (compiled.registers or 0) <= 64  # eight programs a multiprocessor
             assert (compiled.stack_bytes or 0) == 0, kernel
+            if kernel is run_bounds_kernel:  # of `choose_kernel` there is one a row
+                # Sixteen warps a multiprocessor: while one waits for its words, others compute.
+                assert (compiled.registers or 0) <= 128

@@ -154,13 +154,20 @@ def splitmix(x: int) -> int:
     return x ^ (x >> 31)
 
 
+def word_bits(key: int, token: int) -> int:
+    """triple32's rounds, of a key in two halves."""
+    high, low = divmod(key, 2**32)
+    x = low ^ token
+    x = ((x ^ (x >> 17)) * 0xED5AD4BB + high) % 2**32
+    x = (x ^ (x >> 11)) * 0xAC4C1B51 % 2**32
+    return ((x ^ (x >> 15)) * 0x31848BAB + low) % 2**32
+
+
 def exponential(seed: int, sample: int, position: int, token: int) -> float:
-    golden = 0x9E3779B97F4A7C15
     key = 0
     for part in (seed, sample, position):
-        key = splitmix((key + part + golden) % 2**64)
-    bits = splitmix((key ^ token) * golden % 2**64) >> 32
-    return -math.log1p(-(bits + 0.5) / 2**32)
+        key = splitmix((key + part + 0x9E3779B97F4A7C15) % 2**64)
+    return -math.log1p(-(word_bits(key, token) + 0.5) / 2**32)
 
 
 def hugging_face_scores(logits_V: Tensor, params: SamplingParams) -> Tensor:
@@ -412,10 +419,119 @@ def test_no_vocabulary_id_is_preferred():
 
 def test_noise_is_positive_and_finite_at_its_ends(monkeypatch):
     zero = torch.zeros(1, dtype=torch.int64)
-    for bits, expected in ((0, 2.0**-33), (-1, 33 * math.log(2))):
-        monkeypatch.setattr(sampling, "_mix", lambda x, bits=bits: torch.full_like(x, bits))
+    for bits, expected in ((0, 2.0**-33), (2**32 - 1, 33 * math.log(2))):
+        monkeypatch.setattr(
+            sampling, "_word_bits", lambda size, key_R, bits=bits: torch.full((1, size), bits)
+        )
         noise = sampling._exponential(3, zero, zero, zero)
         torch.testing.assert_close(noise, torch.full((1, 3), expected, dtype=torch.float64))
+
+
+def bits_of(size: int, seeds: Tensor, samples: Tensor, positions: Tensor) -> Tensor:
+    """The noise's bits [R, V]."""
+    noise_RV = sampling._exponential(size, seeds, samples, positions)
+    return (-torch.expm1(-noise_RV) * 2.0**32 - 0.5).round().long()
+
+
+def random_keys(count: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-(2**63), 2**63 - 1, (count,), generator=generator)
+
+
+def uniform_chi_square(cell: Tensor, num_cells: int) -> float:
+    counts = torch.bincount(cell.flatten(), minlength=num_cells)
+    return chi_square(counts, torch.full((num_cells,), 1 / num_cells, dtype=torch.float64))
+
+
+def test_bits_of_words_are_uniform_and_distinct():
+    """Each byte of them, over the words of a row and over rows; no two words of a row share all."""
+    position_R = torch.arange(8)
+    bits_RV = bits_of(65_536, torch.full((8,), 3), torch.zeros_like(position_R), position_R)
+    assert all(len(row.unique()) == len(row) for row in bits_RV)
+    for shift in (24, 16, 8, 0):
+        assert uniform_chi_square((bits_RV >> shift) & 255, 256) < chi_square_limit(256)
+
+
+@pytest.mark.parametrize("name", ["word", "position", "sample", "seed"])
+def test_neighbours_bits_tell_nothing_of_each_other(name):
+    """Pairs fill 16 x 16 cells alike, by their highest bits and by their sizes: a word wins with
+    bits near 0. Also of words that differ in one bit of their ids, wherever it is."""
+    key_R = random_keys(800, 1)
+    zero_R = torch.zeros_like(key_R)
+    pairs = []
+    if name == "word":
+        ids_V = torch.arange(2**10)
+        bits_RV = bits_of(2**10, key_R, zero_R, zero_R)
+        for d in (1, 2, 3, 5, 7, 64, 512, 1023):
+            first_V = ids_V[ids_V < ids_V ^ d]  # each pair once
+            pairs.append((bits_RV[:, first_V], bits_RV[:, first_V ^ d]))
+        far_RV = sampling._word_bits(2**16 + 1024, key_R[:400])
+        for bit in range(10, 17):
+            pairs.append((far_RV[:, :1024], far_RV[:, 2**bit : 2**bit + 1024]))
+    else:
+        at = ["seed", "sample", "position"].index(name)
+        numbers = [key_R, zero_R, zero_R]
+        bits_RV = bits_of(256, *numbers)
+        for step in (1, 2, 1 << 31, 1 << 32):
+            other = list(numbers)
+            other[at] = other[at] + step
+            pairs.append((bits_RV, bits_of(256, *other)))
+    for a, b in pairs:
+        cell = (a >> 28) * 16 + (b >> 28)
+        assert uniform_chi_square(cell, 256) < chi_square_limit(256)
+        sizes = [(32 - (x + 1).double().log2().ceil()).clamp(max=7).long() for x in (a, b)]
+        probs = torch.tensor([2.0 ** -min(i + 1, 7) for i in range(8)], dtype=torch.float64)
+        counts = torch.bincount((sizes[0] * 8 + sizes[1]).flatten(), minlength=64)
+        assert chi_square(counts, torch.outer(probs, probs).flatten()) < chi_square_limit(64)
+
+
+def keys_that_give(bits_R: Tensor, low_R: Tensor) -> Tensor:
+    """Keys with these low halves whose word 0 has these bits: the rounds undone."""
+
+    def unshift(x_R: Tensor, shift: int) -> Tensor:
+        result_R = x_R
+        for _ in range(32 // shift):
+            result_R = x_R ^ (result_R >> shift)
+        return result_R
+
+    x_R = (bits_R - low_R) % 2**32
+    for shift, multiplier in ((15, 0x31848BAB), (11, 0xAC4C1B51)):
+        x_R = unshift(x_R * pow(multiplier, -1, 2**32) % 2**32, shift)
+    high_R = (x_R - (low_R ^ (low_R >> 17)) * 0xED5AD4BB) % 2**32
+    return (high_R << 32) | low_R
+
+
+def test_a_word_that_wins_tells_nothing_of_its_neighbours():
+    """Bits below 2^8, which win any race, beside those of words that differ in one bit or two."""
+    generator = torch.Generator().manual_seed(6)
+    small_R = torch.randint(0, 2**8, (16_384,), generator=generator)
+    low_R = torch.randint(0, 2**32, (16_384,), generator=generator)
+    bits_RV = sampling._word_bits(1025, keys_that_give(small_R, low_R))
+    assert torch.equal(bits_RV[:, 0], small_R)
+    for word in (1, 2, 3, 4, 5, 8, 64, 65, 1024):
+        assert uniform_chi_square(bits_RV[:, word] >> 24, 256) < chi_square_limit(256)
+
+
+def test_a_bit_of_any_number_turns_half_of_the_bits():
+    """Avalanche: each bit of seed, sample, position and id turns each of the 26 highest bits of the
+    noise in half of 4,096 rows. The six below move u by less than 2^-26."""
+    key_R, (count,) = random_keys(4_096, 2), (4_096,)
+    numbers = [key_R, random_keys(count, 3), random_keys(count, 4)]
+    shifts = torch.arange(6, 32)
+
+    def bits(numbers: list[Tensor], words: list[int]) -> Tensor:
+        return bits_of(max(words) + 1, *numbers)[:, words]
+
+    plain_RW = bits(numbers, [5, 5 ^ 1, 5 ^ 2, 5 ^ 8, 5 ^ 64])
+    turned = [plain_RW[:, :1] ^ plain_RW[:, w : w + 1] for w in range(1, 5)]
+    for at in range(3):
+        for bit in (0, 1, 17, 31, 32, 47, 62):
+            other = list(numbers)
+            other[at] = other[at] ^ (1 << bit)
+            turned.append(plain_RW[:, :1] ^ bits(other, [5]))
+    share = ((torch.cat(turned, 1)[..., None] >> shifts) & 1).double().mean(0)
+    # Six standard deviations of 4,096 draws; there are 650 shares.
+    assert float((share - 0.5).abs().max()) < 6 * 0.5 / math.sqrt(count)
 
 
 # --- tensors of a step ---------------------------------------------------------------------------

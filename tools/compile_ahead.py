@@ -16,7 +16,7 @@ FLOAT_ARGUMENTS = ("score_scale", "cap_scale", "scale", "eps", "norm_offset")
 INT64_POINTERS = ("slots", "positions", "seed", "sample", "position", "tokens")
 FLOAT32_POINTERS = (
     "lse", "dlse", "shift", "delta", "part", "cos", "sin",
-    "peaks", "scores", "temperature", "min_p",
+    "peaks", "bounds", "temperature", "min_p",
 )  # fmt: skip
 
 
