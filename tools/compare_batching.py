@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import math
 import random
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -401,8 +402,14 @@ def _train(
         agreement[kind] = comparison.check()
         shown.update()
         for way in TRAINING_WAYS:
-            rows.append({"lengths": kind, **comparison.measure(way)})
+            row = {"lengths": kind, **comparison.measure(way)}
+            rows.append(row)
             shown.update()
+            if row["ms"] is not None:  # a run that is cut off has said what it found
+                shown.write(
+                    f"{kind}, {way.name}: {row['ms']:,.0f} ms, {row['tokens_s']:,.0f} tokens/s",
+                    file=sys.stderr,
+                )
     return agreement, rows
 
 

@@ -41,7 +41,7 @@ from tools.memory import (
 # difference; their own norm does not see what turns them.
 ROUNDINGS = {"loss": 4, "norm": 4, "gradients": 16}
 WORDS = {"loss": "loss", "norm": "norm of the gradients", "gradients": "gradient"}
-SECONDS = 4.0  # of timing a way takes at most, unless a single update takes longer
+SECONDS = 2.0  # of timing a way takes at most, unless a single update takes longer
 TOO_LARGE = (
     "flat, which the others are compared with, does not fit into memory: use fewer tokens or "
     "--recompute"
