@@ -207,7 +207,7 @@ def varlen_attention_backward_triton(
         tensor_descriptors = (
             q_THD.is_cuda
             and prefers_backward_descriptors(
-                head_dim, torch.cuda.get_device_capability(q_THD.device)
+                num_tokens // num_seqs, head_dim, torch.cuda.get_device_capability(q_THD.device)
             )
             and all(fits_tensor_descriptors(q_THD, k_TKD, x) for x in (v_TKD, dout_THD))
         )

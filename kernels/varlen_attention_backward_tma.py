@@ -37,10 +37,15 @@ def padded_rows(num_tokens: int, num_seqs: int) -> int:
     return (num_tokens // ROW_ALIGNMENT + num_seqs) * ROW_ALIGNMENT
 
 
-def prefers_backward_descriptors(head_dim: int, capability: tuple[int, int]) -> bool:
-    """Whether these kernels are made for the GPU. Some of AMD's have capability 9, too, and no bulk
-    copies."""
-    return capability[0] == 9 and torch.version.hip is None and 64 <= head_dim <= 128
+def prefers_backward_descriptors(queries: int, head_dim: int, capability: tuple[int, int]) -> bool:
+    """Whether to take these kernels for sequences of about `queries` queries each. Not timed.
+
+    A program first writes its descriptors, about a microsecond each; one of a shorter sequence has
+    a tile or two. Some of AMD's GPUs have capability 9, too, and no bulk copies.
+    """
+    if capability[0] != 9 or torch.version.hip is not None:
+        return False
+    return 64 <= head_dim <= 128 and queries >= 64
 
 
 def choose_backward_descriptor_tiles(head_dim: int) -> BackwardTiles:

@@ -243,6 +243,19 @@ def test_queries_that_see_no_key(descriptors: bool) -> None:
     assert all(x.isfinite().all() for x in gradients)
 
 
+@BOTH_WAYS
+def test_scores_far_below_zero(descriptors: bool) -> None:
+    """A key behind the sequence has score 0, 2 ** 184 times the weight of those that are there."""
+    case = dataclasses.replace(CASE, causal=False)
+    q_THD, k_TKD, v_TKD = make_qkv(case, DEVICE)
+    qkv = q_THD.fill_(4.0), k_TKD.fill_(-4.0), v_TKD
+    upstream = make_upstream(case, DEVICE)
+    actual = triton_gradients(case, qkv, upstream, descriptors=descriptors)
+    expected = float64_gradients(case, qkv, upstream)
+    for ours, theirs, bound in zip(actual, expected, rounding(case, qkv, *upstream), strict=True):
+        assert_within(ours, theirs, bound)
+
+
 def test_strided_inputs_equal_contiguous_ones() -> None:
     """q, k and v as slices of one projection, and the broadcast gradient of a sum."""
     case = dataclasses.replace(CASE, kv_lens=CASE.q_lens)
