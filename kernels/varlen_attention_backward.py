@@ -15,11 +15,19 @@ tile. A row is a query and one of the G heads: row = query * G + head.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from minigen.kernels.backward_tiles import (
+    BackwardTiles,
+    backward_tile_arguments,
+    choose_backward_tiles,
+    find_block,
+    in_window,
+    load_tile,
+    row_offsets,
+)
 from minigen.kernels.checks import (
     Window,
     check_varlen,
@@ -37,6 +45,14 @@ from minigen.kernels.tiles import (
     window_arguments,
 )
 from minigen.kernels.triton_import import tl, triton
+from minigen.kernels.varlen_attention_backward_tma import (
+    choose_backward_descriptor_tiles,
+    key_gradients_tma_kernel,
+    padded_rows,
+    prefers_backward_descriptors,
+    query_gradient_tma_kernel,
+)
+from minigen.kernels.varlen_attention_tma import fits_tensor_descriptors, with_descriptor_memory
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 
@@ -155,20 +171,6 @@ def _cuda(
     )
 
 
-class BackwardTile(NamedTuple):
-    """The sizes with which one of the two kernels is compiled: rows, keys, and how it runs."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
-class BackwardTiles(NamedTuple):
-    queries: BackwardTile  # of the kernel that owns rows and writes dQ
-    keys: BackwardTile  # of the kernel that owns keys and writes dK and dV
-
-
 def varlen_attention_backward_triton(
     dout_THD: Tensor,
     dlse_HT: Tensor,
@@ -184,10 +186,12 @@ def varlen_attention_backward_triton(
     scale: float,
     softcap: float,
     tiles: BackwardTiles | None = None,
+    tensor_descriptors: bool | None = None,
 ) -> Gradients:
     """Launches the kernels on checked arguments: on a GPU, or on the CPU in Triton's interpreter.
 
-    `tiles` takes the place of the chosen ones, so that a benchmark can try others.
+    `tiles` and `tensor_descriptors` take the place of the chosen ones, so that a benchmark can try
+    others.
     """
     dout_THD, q_THD, k_TKD, v_TKD = (
         x if x.stride(-1) == 1 else x.contiguous() for x in (dout_THD, q_THD, k_TKD, v_TKD)
@@ -199,7 +203,17 @@ def varlen_attention_backward_triton(
     if num_seqs == 0:
         return dq_THD, dk_TKD, dv_TKD
     group = num_heads // num_kv_heads
-    if tiles is None:
+    if tensor_descriptors is None:
+        tensor_descriptors = (
+            q_THD.is_cuda
+            and prefers_backward_descriptors(
+                num_tokens // num_seqs, head_dim, torch.cuda.get_device_capability(q_THD.device)
+            )
+            and all(fits_tensor_descriptors(q_THD, k_TKD, x) for x in (v_TKD, dout_THD))
+        )
+    if tiles is None and tensor_descriptors:
+        tiles = choose_backward_descriptor_tiles(head_dim)
+    elif tiles is None:
         tiles = choose_backward_tiles(
             -(-num_tokens // num_seqs) * group,
             -(-num_keys // num_seqs),
@@ -207,12 +221,11 @@ def varlen_attention_backward_triton(
             q_THD.element_size(),
             shared_bytes_of(q_THD.device),
         )
-    # What a row needs of the forward, in the order in which a tile of rows reads it.
-    shift_KTG = torch.empty(
-        num_kv_heads, num_tokens, group, dtype=torch.float32, device=q_THD.device
-    )
-    delta_KTG = torch.empty_like(shift_KTG)
-    lengths = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous(), num_tokens, num_seqs
+    # What a row needs of the forward, shift and delta, as the kernel of keys reads it: [K, T, G],
+    # or R rows of each head.
+    num_rows = padded_rows(num_tokens, num_seqs) if tensor_descriptors else num_tokens
+    rows_2HR = torch.empty(2, num_heads, num_rows, dtype=torch.float32, device=q_THD.device)
+    lengths = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
     strides = [x.stride(dim) for x in (q_THD, k_TKD, v_TKD, dout_THD) for dim in (0, 1)]
     common = {
         **window_arguments(window),
@@ -222,153 +235,39 @@ def varlen_attention_backward_triton(
         "HEAD_DIM": head_dim,
         "BLOCK_D": max(16, power_of_two(head_dim)),
     }
-    with on_device_of(q_THD):
-        row_blocks = num_tokens * group // tiles.queries.block_m + num_seqs
+    inputs = q_THD, k_TKD, v_TKD, dout_THD
+    of_forward = out_THD.contiguous(), lse_HT.contiguous(), dlse_HT.contiguous()
+    row_blocks = num_tokens * group // tiles.queries.block_m + num_seqs
+    key_blocks = num_keys // tiles.keys.block_n + num_seqs
+    of_queries = common | backward_tile_arguments(tiles.queries)
+    of_keys = common | backward_tile_arguments(tiles.keys)
+
+    def launch() -> None:
         query_gradient_kernel[(row_blocks, num_kv_heads)](
-            q_THD,
-            k_TKD,
-            v_TKD,
-            dout_THD,
-            out_THD.contiguous(),
-            lse_HT.contiguous(),
-            dlse_HT.contiguous(),
-            dq_THD,
-            shift_KTG,
-            delta_KTG,
-            *lengths,
-            *strides,
-            **common,
-            **backward_tile_arguments(tiles.queries),
-        )
-        key_blocks = num_keys // tiles.keys.block_n + num_seqs
+            *inputs, *of_forward, dq_THD, *rows_2HR, *lengths,
+            num_tokens, num_seqs, *strides, **of_queries,
+        )  # fmt: skip
         key_gradients_kernel[(key_blocks, num_kv_heads)](
-            q_THD,
-            k_TKD,
-            v_TKD,
-            dout_THD,
-            dk_TKD,
-            dv_TKD,
-            shift_KTG,
-            delta_KTG,
-            *lengths,
-            *strides,
-            **common,
-            **backward_tile_arguments(tiles.keys),
-        )
-    return dq_THD, dk_TKD, dv_TKD
+            *inputs, dk_TKD, dv_TKD, *rows_2HR, *lengths,
+            num_tokens, num_seqs, *strides, **of_keys,
+        )  # fmt: skip
 
+    def launch_with_descriptors() -> None:
+        query_gradient_tma_kernel[(row_blocks, num_kv_heads)](
+            *inputs, *of_forward, dq_THD, rows_2HR, *lengths,
+            num_rows, num_tokens, num_seqs, *strides, **of_queries,
+        )  # fmt: skip
+        key_gradients_tma_kernel[(key_blocks, num_kv_heads)](
+            *inputs, dk_TKD, dv_TKD, rows_2HR, *lengths,
+            num_rows, num_seqs, *strides, **of_keys, WAIT=q_THD.is_cuda,  # no interpreter
+        )  # fmt: skip
 
-def backward_tile_arguments(tile: BackwardTile) -> dict[str, Any]:
-    return {
-        "BLOCK_M": tile.block_m,
-        "BLOCK_N": tile.block_n,
-        "num_warps": tile.num_warps,
-        "num_stages": tile.num_stages,
-    }
-
-
-# Tiles by the GPU's shared memory and by head dim. All of the 16-bit ones compile for their GPUs
-# without spilling registers inside a loop (Triton 3.7); larger ones spill, at D = 128 on sm_90
-# 64 x 128 with a third stage or four warps.
-_HOPPER = {
-    64: BackwardTiles(BackwardTile(128, 64, 8, 3), BackwardTile(64, 128, 8, 3)),
-    128: BackwardTiles(BackwardTile(128, 64, 8, 3), BackwardTile(64, 128, 8, 2)),
-    256: BackwardTiles(BackwardTile(64, 32, 8, 2), BackwardTile(64, 32, 8, 2)),
-}
-_AMPERE = {
-    64: BackwardTiles(BackwardTile(128, 64, 8, 2), BackwardTile(64, 128, 8, 2)),
-    128: BackwardTiles(BackwardTile(128, 32, 8, 2), BackwardTile(64, 64, 8, 2)),
-    256: BackwardTiles(BackwardTile(64, 16, 8, 2), BackwardTile(16, 64, 8, 2)),
-}
-_CDNA = {
-    64: BackwardTiles(BackwardTile(64, 64, 4, 2), BackwardTile(32, 64, 4, 1)),
-    128: BackwardTiles(BackwardTile(64, 64, 4, 1), BackwardTile(32, 64, 4, 1)),
-    256: BackwardTiles(BackwardTile(32, 32, 4, 1), BackwardTile(16, 32, 4, 1)),
-}
-# Exact float32 products run on no tensor core, and keep their factors in registers.
-_FLOAT32 = {
-    64: BackwardTiles(BackwardTile(32, 16, 4, 1), BackwardTile(16, 32, 4, 1)),
-    128: BackwardTiles(BackwardTile(32, 16, 8, 1), BackwardTile(16, 32, 8, 1)),
-    256: BackwardTiles(BackwardTile(16, 16, 8, 1), BackwardTile(16, 16, 8, 1)),
-}
-
-
-def choose_backward_tiles(
-    rows: int, keys: int, head_dim: int, itemsize: int, shared_bytes: int
-) -> BackwardTiles:
-    """Tiles for sequences of about `rows` rows (queries times G) and `keys` keys each."""
-    if itemsize == 4:
-        family = _FLOAT32
-    elif shared_bytes >= 200 * 1024:  # sm_90, sm_100: 227 KiB
-        family = _HOPPER
-    elif shared_bytes >= 96 * 1024:  # sm_80: 163 KiB; sm_86, sm_89, sm_120: 99 KiB
-        family = _AMPERE
-    else:  # gfx942: 64 KiB
-        family = _CDNA
-    tiles = family[max(64, power_of_two(head_dim))]
-    # What a program owns follows short sequences: rows that are not there cost as much as others.
-    block_m = min(tiles.queries.block_m, max(16, power_of_two(rows)))
-    block_n = min(tiles.keys.block_n, max(16, power_of_two(keys)))
-    return BackwardTiles(
-        tiles.queries._replace(block_m=block_m, num_warps=_warps(tiles.queries, block_m)),
-        tiles.keys._replace(block_n=block_n, num_warps=_warps(tiles.keys, block_n)),
-    )
-
-
-def _warps(tile: BackwardTile, own: int) -> int:
-    return 4 if own < min(tile.block_m, tile.block_n) else tile.num_warps
-
-
-@triton.jit
-def find_block(cu_seqlens_ptr, block, num_seqs, GROUP: tl.constexpr, BLOCK: tl.constexpr):
-    """The sequence of a block of rows (GROUP a token): s begins at block cu_seqlens[s] * GROUP //
-    BLOCK + s, as in `find_sequence`. Returns its number, its first token, its tokens, and the
-    block's first row in it, which lies past its last where the bound on blocks gave one too many.
-    """
-    left = 0
-    right = num_seqs
-    while left < right:
-        middle = (left + right) // 2
-        if tl.load(cu_seqlens_ptr + middle) * GROUP // BLOCK + middle <= block:
-            left = middle + 1
+    with on_device_of(q_THD):
+        if tensor_descriptors:
+            with_descriptor_memory(launch_with_descriptors, q_THD.device)
         else:
-            right = middle
-    seq = left - 1
-    start = tl.load(cu_seqlens_ptr + seq)
-    length = tl.load(cu_seqlens_ptr + seq + 1) - start
-    return seq, start, length, (block - (start * GROUP // BLOCK + seq)) * BLOCK
-
-
-@triton.jit
-def load_tile(ptr, offset_R, in_sequence_R, dim_D, HEAD_DIM: tl.constexpr, CHECK: tl.constexpr):
-    """Rows of HEAD_DIM elements at `offset_R`; 0 beyond the head dim, and (CHECK) the sequence."""
-    ptr_RD = ptr + (offset_R[:, None] + dim_D[None, :])
-    if CHECK:
-        x_RD = tl.load(ptr_RD, mask=in_sequence_R[:, None] & (dim_D < HEAD_DIM)[None, :], other=0.0)
-    elif dim_D.shape[0] != HEAD_DIM:
-        x_RD = tl.load(ptr_RD, mask=(dim_D < HEAD_DIM)[None, :], other=0.0)
-    else:
-        x_RD = tl.load(ptr_RD)
-    return x_RD
-
-
-@triton.jit
-def row_offsets(first_row, row_M, stride_t, stride_h, GROUP: tl.constexpr):
-    """Where rows lie: the first one's token in 64 bits, the rest from there on in 32."""
-    first_query = first_row // GROUP
-    offset_M = (row_M // GROUP - first_query) * stride_t + (row_M % GROUP) * stride_h
-    return tl.cast(first_query, tl.int64) * stride_t, offset_M
-
-
-@triton.jit
-def in_window(distance, window_left, window_right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
-    """True where a key at this distance from a query (positive: later) is seen by it."""
-    visible = distance == distance
-    if HAS_LEFT:
-        visible &= distance >= -window_left
-    if HAS_RIGHT:
-        visible &= distance <= window_right
-    return visible
+            launch()
+    return dq_THD, dk_TKD, dv_TKD
 
 
 @triton.jit

@@ -12,6 +12,7 @@ share a key/value head, D head dim; M rows of a tile, N keys of a tile.
 # pyright: reportArgumentType=false
 
 import contextvars
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -96,21 +97,32 @@ def launch_with_descriptors(
 ) -> None:
     """Launches with memory for the descriptors, which the programs write themselves.
 
-    Triton asks the context's allocator for it. It is set in a copy of the context, so that a
-    caller's own allocator stays in place. Four warps and tiles of unpacked heads of at least 128
-    queries (two groups of four warps, 64 rows each) are specialised: one more group of warps then
-    only starts copies.
+    Four warps and tiles of unpacked heads of at least 128 queries (two groups of four warps, 64
+    rows each) are specialised: one more group of warps then only starts copies.
     """
     specialize = options["num_warps"] == 4 and options["BLOCK_Q"] == options["BLOCK_M"] >= 128
+
+    def launch() -> None:
+        varlen_attention_tma_kernel[grid](*arguments, **options, WARP_SPECIALIZE=specialize)
+
+    with_descriptor_memory(launch, device)
+
+
+def with_descriptor_memory(launch: Callable[[], None], device: torch.device) -> None:
+    """Calls `launch`, whose programs write descriptors.
+
+    Triton asks the context's allocator for their memory. It is set in a copy of the context, so
+    that a caller's own allocator stays in place.
+    """
 
     def allocate(size: int, alignment: int, stream: int | None) -> Tensor:
         return torch.empty(size, dtype=torch.int8, device=device)
 
-    def launch() -> None:
+    def run() -> None:
         triton.set_allocator(allocate)
-        varlen_attention_tma_kernel[grid](*arguments, **options, WARP_SPECIALIZE=specialize)
+        launch()
 
-    contextvars.copy_context().run(launch)
+    contextvars.copy_context().run(run)
 
 
 @triton.jit(

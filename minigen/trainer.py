@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -94,6 +94,7 @@ class TrainingModel(nn.Module):
         recompute: keep only each layer's input, and compute the layer again in the backward.
         dropout: share of what attention and MLP add that is dropped.
         layer: runs one block; the tools compare others with the packed one.
+        layer_options: Inductor's settings for the layer, besides those of the mode.
     """
 
     def __init__(
@@ -105,6 +106,7 @@ class TrainingModel(nn.Module):
         recompute: bool = False,
         dropout: float = 0.0,
         layer: Layer = packed_layer,
+        layer_options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.decoder = decoder.requires_grad_(True).train()
@@ -117,7 +119,11 @@ class TrainingModel(nn.Module):
         self._compiled = compile != "eager"
         if self._compiled:
             mode = None if compile == "default" else compile
-            self._layer = torch.compile(layer, fullgraph=True, mode=mode)
+            how: dict[str, Any] = {"mode": mode}
+            if layer_options:  # torch takes one of the two
+                of_mode = torch._inductor.list_mode_options(mode) if mode else {}
+                how = {"options": {**of_mode, **layer_options}}
+            self._layer = torch.compile(layer, fullgraph=True, **how)
             compiled = torch.compile(chunk_loss, fullgraph=True, mode=mode)
 
             def compiled_loss(

@@ -4,9 +4,11 @@ import itertools
 import math
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.utils
 import torch.nn.functional as F  # noqa: N812
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,6 +28,7 @@ from tools.training_ways import (
     TRAINING_WAYS,
     UNPADDED,
     StepComparison,
+    StepModels,
     StepOptions,
     TrainingWay,
     as_rectangle,
@@ -254,16 +257,46 @@ def test_what_does_not_fit_once_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> 
     assert comparison.measure(FLAT)["ms"] > 0
 
 
-def test_what_does_not_compile_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*_: object) -> torch.Tensor:
-        raise InductorError(AssertionError(""), None)
+@pytest.mark.parametrize("times", [1, 3])
+def test_what_does_not_compile_runs_uncompiled(times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where that fails, too, it is a result."""
+    right, calls = padded.unpadded_rectangle, []
+
+    def fails(*args: Any) -> torch.Tensor:
+        calls.append(args)
+        if len(calls) <= times:
+            raise InductorError(AssertionError(""), None)
+        return right(*args)
 
     monkeypatch.setattr(padded, "unpadded_rectangle", fails)
-    comparison = StepComparison(small_decoder(), random_samples([7, 3]), FP32)
-    assert [name for name, value in comparison.check().items() if value is None] == ["unpadded"]
+    decoder = small_decoder()
+    models = StepModels(decoder, FP32)
+    comparison = StepComparison(decoder, random_samples([7, 3]), FP32, models)
+    left_out = [name for name, value in comparison.check().items() if value is None]
+    assert left_out == (["unpadded"] if times == 3 else [])
     row = comparison.measure(UNPADDED)
-    assert (row["ms"], row["error"]) == (None, "does not compile (InductorError)")
+    reason = "does not compile (InductorError)"
+    assert row["uncompiled"] == reason
+    assert (row["ms"] is None) == (times == 3)
+    assert row.get("error") == (reason if times == 3 else None)
     assert comparison.measure(FLAT)["ms"] > 0
+    # What did not compile for the first lengths is not tried again for the next.
+    later = StepComparison(decoder, random_samples([5, 4]), FP32, models)
+    assert later.check()["unpadded"] is not None
+    assert later.measure(UNPADDED)["uncompiled"] == reason
+
+
+@pytest.mark.slow
+def test_other_lengths_run_what_is_compiled() -> None:
+    options = StepOptions(torch.float32, "default", repeats=1)
+    torch.compiler.reset()
+    decoder = small_decoder()
+    models = StepModels(decoder, options)
+    graphs = []
+    for lengths in ([9, 2, 12, 5], [7, 30, 3, 3, 3, 25, 2]):
+        StepComparison(decoder, random_samples(lengths), options, models).check()
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[1] > 0
 
 
 def test_flat_must_fit(monkeypatch: pytest.MonkeyPatch) -> None:

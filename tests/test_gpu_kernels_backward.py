@@ -14,11 +14,10 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from minigen.kernels import varlen_attention
+from minigen.kernels.backward_tiles import BackwardTile, BackwardTiles
 from minigen.kernels.checks import resolve_window
 from minigen.kernels.varlen_attention import varlen_attention_triton
 from minigen.kernels.varlen_attention_backward import (
-    BackwardTile,
-    BackwardTiles,
     varlen_attention_backward,
     varlen_attention_backward_triton,
 )
@@ -42,11 +41,30 @@ pytestmark = [
 ]
 
 
+# The kernels with descriptors run in the interpreter, too, where nothing chooses them.
+BOTH_WAYS = pytest.mark.parametrize(
+    "descriptors",
+    [
+        False,
+        pytest.param(
+            True,
+            marks=pytest.mark.skipif(
+                not INTERPRETED
+                and torch.cuda.is_available()
+                and torch.cuda.get_device_capability() < (9, 0),
+                reason="needs a GPU with bulk copies",
+            ),
+        ),
+    ],
+)
+
+
 def triton_gradients(
     case: Case,
     qkv: tuple[Tensor, ...],
     upstream: tuple[Tensor, Tensor],
     tiles: BackwardTiles | None = None,
+    descriptors: bool | None = None,
 ) -> tuple[Tensor, ...]:
     offsets = cu_seqlens(case.q_lens, DEVICE), cu_seqlens(case.kv_lens, DEVICE)
     window = resolve_window(case.causal, case.window_size)
@@ -66,6 +84,7 @@ def triton_gradients(
         scale=case.scale,
         softcap=case.softcap,
         tiles=tiles,
+        tensor_descriptors=descriptors,
     )
 
 
@@ -100,9 +119,11 @@ def float64_gradients(
     )
 
 
-def assert_equal_to_float64(case: Case, tiles: BackwardTiles | None = None) -> None:
+def assert_equal_to_float64(
+    case: Case, tiles: BackwardTiles | None = None, descriptors: bool | None = None
+) -> None:
     qkv, upstream = make_qkv(case, DEVICE), make_upstream(case, DEVICE)
-    actual = triton_gradients(case, qkv, upstream, tiles)
+    actual = triton_gradients(case, qkv, upstream, tiles, descriptors)
     expected = float64_gradients(case, qkv, upstream)
     bounds = rounding(case, qkv, *upstream)
     for ours, theirs, bound in zip(actual, expected, bounds, strict=True):
@@ -163,24 +184,31 @@ CASE = Case(
 
 @pytest.mark.parametrize("window", [(-1, -1), (20, -1), (25, 30)])
 @pytest.mark.parametrize("causal", [True, False])
-def test_small_tiles_equal_float64(window: tuple[int, int], causal: bool) -> None:
+@BOTH_WAYS
+def test_small_tiles_equal_float64(
+    window: tuple[int, int], causal: bool, descriptors: bool
+) -> None:
     """Tiles so small that every loop runs: masked on both sides, unmasked between, tails."""
     tiles = BackwardTiles(BackwardTile(32, 16, 4, 2), BackwardTile(16, 16, 4, 2))
     case = dataclasses.replace(CASE, window_size=window, causal=causal, softcap=3.0)
-    assert_equal_to_float64(case, tiles)
+    assert_equal_to_float64(case, tiles, descriptors)
 
 
-def test_two_runs_are_bitwise_equal() -> None:
+@BOTH_WAYS
+def test_two_runs_are_bitwise_equal(descriptors: bool) -> None:
     case = CASE if INTERPRETED else dataclasses.replace(CASE, q_lens=(3000,), kv_lens=(3000,))
     qkv, upstream = make_qkv(case, DEVICE), make_upstream(case, DEVICE)
-    first, second = (triton_gradients(case, qkv, upstream) for _ in range(2))
+    first, second = (
+        triton_gradients(case, qkv, upstream, descriptors=descriptors) for _ in range(2)
+    )
     for one, other in zip(first, second, strict=True):
         assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("poisoned", [(0, 2, 4), (1, 2, 4)])
 @pytest.mark.parametrize("causal", [True, False])
-def test_neighbours_cannot_leak(poisoned: tuple[int, ...], causal: bool) -> None:
+@BOTH_WAYS
+def test_neighbours_cannot_leak(poisoned: tuple[int, ...], causal: bool, descriptors: bool) -> None:
     """Also not through a tile's rows beyond the sequence, whose weights are 0: 0 * NaN is NaN.
 
     Sequence 3 has queries that stand before its first key, and NaN before and after it.
@@ -190,28 +218,42 @@ def test_neighbours_cannot_leak(poisoned: tuple[int, ...], causal: bool) -> None
     qkv, upstream = make_qkv(case, DEVICE), make_upstream(case, DEVICE)
     lens = (case.q_lens, case.kv_lens, case.kv_lens)
     for used in (None, tiles):
-        before = triton_gradients(case, qkv, upstream, used)
+        before = triton_gradients(case, qkv, upstream, used, descriptors)
         poison = [x.clone() for x in (*qkv, *upstream)]
         for x, n in zip(poison, (*lens, case.q_lens, case.q_lens), strict=True):
             parts = (x if x.ndim == 3 else x.T).split(n)  # dlse_HT counts tokens last
             for seq in poisoned:
                 parts[seq].fill_(torch.nan)
-        after = triton_gradients(case, tuple(poison[:3]), (poison[3], poison[4]), used)
+        after = triton_gradients(case, tuple(poison[:3]), (poison[3], poison[4]), used, descriptors)
         for one, other, n in zip(before, after, lens, strict=True):
             for seq, (x, y) in enumerate(zip(one.split(n), other.split(n), strict=True)):
                 unmoved = seq not in poisoned or seq == 2  # whose keys nobody sees
                 assert torch.equal(x, y) == unmoved
 
 
-def test_queries_that_see_no_key() -> None:
+@BOTH_WAYS
+def test_queries_that_see_no_key(descriptors: bool) -> None:
     """Their gradients are 0, also where NaN arrives at their lse of -inf."""
     case = dataclasses.replace(CASE, q_lens=(5, 9), kv_lens=(0, 4))
     qkv, (dout_THD, dlse_HT) = make_qkv(case, DEVICE), make_upstream(case, DEVICE)
     dlse_HT[:, :10] = torch.nan
-    gradients = triton_gradients(case, qkv, (dout_THD, dlse_HT))
+    gradients = triton_gradients(case, qkv, (dout_THD, dlse_HT), descriptors=descriptors)
     assert not gradients[0][:10].any()
     assert gradients[0][10:].any()
     assert all(x.isfinite().all() for x in gradients)
+
+
+@BOTH_WAYS
+def test_scores_far_below_zero(descriptors: bool) -> None:
+    """A key behind the sequence has score 0, 2 ** 184 times the weight of those that are there."""
+    case = dataclasses.replace(CASE, causal=False)
+    q_THD, k_TKD, v_TKD = make_qkv(case, DEVICE)
+    qkv = q_THD.fill_(4.0), k_TKD.fill_(-4.0), v_TKD
+    upstream = make_upstream(case, DEVICE)
+    actual = triton_gradients(case, qkv, upstream, descriptors=descriptors)
+    expected = float64_gradients(case, qkv, upstream)
+    for ours, theirs, bound in zip(actual, expected, rounding(case, qkv, *upstream), strict=True):
+        assert_within(ours, theirs, bound)
 
 
 def test_strided_inputs_equal_contiguous_ones() -> None:

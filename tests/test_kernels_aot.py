@@ -15,6 +15,7 @@ pytest.importorskip("triton")
 
 from triton.backends.compiler import GPUTarget
 
+from minigen.kernels.backward_tiles import backward_tile_arguments, choose_backward_tiles
 from minigen.kernels.checks import Window
 from minigen.kernels.dependent_launch import launch_options
 from minigen.kernels.draw_tokens import choose_kernel, choose_launch, run_bounds_kernel
@@ -34,10 +35,13 @@ from minigen.kernels.tiles import (
 )
 from minigen.kernels.varlen_attention import varlen_attention_kernel
 from minigen.kernels.varlen_attention_backward import (
-    backward_tile_arguments,
-    choose_backward_tiles,
     key_gradients_kernel,
     query_gradient_kernel,
+)
+from minigen.kernels.varlen_attention_backward_tma import (
+    choose_backward_descriptor_tiles,
+    key_gradients_tma_kernel,
+    query_gradient_tma_kernel,
 )
 from minigen.kernels.varlen_attention_gluon import DEFAULT_TILE, Sizes
 from minigen.kernels.varlen_attention_tma import (
@@ -328,6 +332,44 @@ def test_varlen_attention_backward(
         for name in ("window_left", "window_right", "score_scale", "cap_scale"):
             del constants[name]
         check(kernel, target_name, constants, TRITON_TYPES[dtype])
+
+
+@pytest.mark.parametrize(
+    ("target_name", "head_dim", "group", "softcap"),
+    [
+        ("sm_90", 64, 4, 0.0),
+        ("sm_90", 80, 3, 0.0),
+        ("sm_90", 128, 1, 0.0),
+        ("sm_90", 128, 4, 50.0),
+        ("sm_100", 128, 1, 0.0),
+    ],
+)
+def test_varlen_attention_backward_with_descriptors(
+    target_name: str, head_dim: int, group: int, softcap: float
+) -> None:
+    for kernel, tile in zip(
+        (query_gradient_tma_kernel, key_gradients_tma_kernel),
+        choose_backward_descriptor_tiles(head_dim),
+        strict=True,
+    ):
+        constants = {
+            **window_arguments(Window(None, 0)),
+            **score_arguments(0.1, softcap),
+            **backward_tile_arguments(tile),
+            "GROUP": group,
+            "HEAD_DIM": head_dim,
+            "BLOCK_D": power_of_two(head_dim),
+            "WAIT": True,
+        }
+        for name in ("window_left", "window_right", "score_scale", "cap_scale"):
+            del constants[name]
+        compiled = check(kernel, target_name, constants, "bf16", True)
+        assert "async_tma_copy_global_to_local" in compiled.ttgir
+        # Shift and delta come by bulk copies, too: as loads they were more than all others.
+        assert "async_copy_global_to_local" not in compiled.ttgir.replace("async_tma_copy", "")
+        if target_name == "sm_90" and not softcap:
+            assert not compiled.stack_bytes
+            assert not compiled.serialised
 
 
 @by_target

@@ -1,4 +1,4 @@
-"""`python -m tools.bench_attention --what varlen|decode|prefill|backward-less`: the kernels alone.
+"""`python -m tools.bench_attention --what varlen|decode|prefill|backward`: the kernels alone.
 
 For each tile in CANDIDATES, in a process of its own: compile, and check on fresh random inputs
 against float64. A candidate that is wrong, crashes or hangs is reported and left out. Then every
@@ -9,13 +9,16 @@ same numbers: torch's FlashAttention 2 over packed sequences, and cuDNN where le
     decode         paged_attention, one query a sequence: replay of a CUDA graph over caches that
                    together are several times the L2
     prefill        paged_attention on prompts of which nothing is cached yet: medians of do_bench
-    backward-less  all of these
+    backward       dQ, dK and dV of varlen_attention, causal, after a forward that is not timed,
+                   the delta of each row counted: medians of do_bench
+    backward-less  all of these but the backward
+    all            all of these, the default
 
 TFLOP/s count useful work, 4 H D times the pairs of query and key that the mask leaves, reckoned as
-half of L^2. GB/s count the keys and values of the cache, read once. The floor of a row is what the
-same run's copy or matmul rate leaves of its time; `of limit` is the floor's share of the measured
-time. `target` is what minigen sets itself. The last line is one JSON document; with --out it is
-also written to a file, after every row.
+half of L^2, and 2.5 times as much in the backward. GB/s count the keys and values of the cache,
+read once. The floor of a row is what the same run's copy or matmul rate leaves of its time; `of
+limit` is the floor's share of the measured time. `target` is what minigen sets itself. The last
+line is one JSON document; with --out it is also written to a file, after every row.
 
 `--list` needs no GPU: registers, stack (spills) and shared memory of every candidate, for sm_90.
 """
@@ -42,9 +45,21 @@ from minigen.kernels.paged_attention import paged_attention_kernel, paged_attent
 from minigen.kernels.tiles import Tile, score_arguments, tile_arguments, window_arguments
 from minigen.kernels.varlen_attention import varlen_attention_kernel, varlen_attention_triton
 from minigen.kernels.varlen_attention_tma import varlen_attention_tma_kernel
+from tools.attention_backward import (
+    BackwardCandidate,
+    backward_candidates,
+    backward_inputs,
+    backward_kernels,
+    check_gradients,
+    cudnn_backward,
+    flash_backward,
+    run_backward,
+)
 
 NO_GPU = "python -m tools.bench_attention times GPU kernels, and torch {} finds no CUDA GPU here."
-SECTIONS = ("varlen", "decode", "prefill")
+SECTIONS = ("varlen", "decode", "prefill", "backward")
+# What --what takes besides a section.
+SETS = {"backward-less": SECTIONS[:3], "all": SECTIONS}
 CAUSAL = Window(None, 0)
 CACHE_BLOCK = 16
 
@@ -95,7 +110,10 @@ RIVALS = ("FA2", "cuDNN")
 CHOSEN = "chosen"  # by the operation itself
 
 
-def name_of(candidate: Candidate | None) -> str:
+AnyCandidate = Candidate | BackwardCandidate
+
+
+def name_of(candidate: AnyCandidate | None) -> str:
     return CHOSEN if candidate is None else str(candidate)
 
 
@@ -171,10 +189,11 @@ def prefill_candidates(heads: Heads) -> list[Candidate]:
     ]
 
 
-CANDIDATES = {
+CANDIDATES: dict[str, Callable[[Heads], Any]] = {
     "varlen": varlen_candidates,
     "decode": decode_candidates,
     "prefill": prefill_candidates,
+    "backward": lambda heads: backward_candidates(heads.query // heads.key, heads.dim),
 }
 
 
@@ -199,8 +218,9 @@ def skewed_lengths() -> list[int]:
 def rows_of(section: str) -> Iterator[Row]:
     lengths = {f"{n} x {length}": [length] * n for n, length in PREFILL_SHAPES}
     lengths["skew64"] = skewed_lengths()
-    if section == "varlen":
-        for heads, targets in VARLEN_TARGETS.items():
+    if section in ("varlen", "backward"):
+        of_section = VARLEN_TARGETS if section == "varlen" else BACKWARD_TARGETS
+        for heads, targets in of_section.items():
             for name, target in targets.items():
                 yield Row(section, heads, name, lengths[name], target, "TFLOP/s")
     elif section == "prefill":
@@ -225,6 +245,9 @@ VARLEN_TARGETS = {
     Heads(16, 8, 128): {"16 x 1024": 380, "4 x 4096": 500, "1 x 16384": 540, "skew64": 270},
     Heads(32, 8, 64): {"16 x 1024": 300, "4 x 4096": 380, "1 x 16384": 420, "skew64": 200},
 }
+_BACKWARD = {"16 x 1024": 230, "4 x 4096": 310, "1 x 16384": 340, "skew64": 180}
+# The same work with fewer keys and values to read and write; no target of its own.
+BACKWARD_TARGETS = {Heads(32, 32, 128): _BACKWARD, Heads(32, 8, 128): _BACKWARD}
 DECODE_TARGETS = [
     (1, 4096, 20, "us"),
     (1, 32768, 2900, "GB/s"),
@@ -240,7 +263,8 @@ DECODE_TARGETS = [
 
 
 def flop_of(row: Row) -> float:
-    return 4 * row.heads.query * row.heads.dim * sum(n * n for n in row.lengths) / 2
+    products = 2.5 if row.section == "backward" else 1
+    return products * 4 * row.heads.query * row.heads.dim * sum(n * n for n in row.lengths) / 2
 
 
 def cache_bytes_of(row: Row) -> int:
@@ -372,12 +396,17 @@ def check_sequence(out_QHD: Tensor, q_QHD: Tensor, k_LKD: Tensor, v_LKD: Tensor)
         )
 
 
-def check_candidate(
-    section: str, heads: Heads, candidate: Candidate | None, kind: Kind = GPU
-) -> None:
+def check_candidate(section: str, heads: Heads, candidate: Any, kind: Kind = GPU) -> None:
     """One call on new random inputs, against float64; ValueError where it is wrong."""
     seed = time.time_ns() % 2**31
     lengths = [517, 1, 128, 129, 63, 300, 64]
+    if section == "backward":
+        backward = backward_inputs(*packed_inputs(heads, lengths, seed, kind), seed + 1)
+        gradients = run_backward(backward, torch.zeros_like(backward.lse_HT), candidate)
+        parts = (t.split(lengths) for t in (*gradients, *backward[:4]))
+        for dq_LHD, dk_LKD, dv_LKD, *sequence in zip(*parts, strict=True):
+            check_gradients((dq_LHD, dk_LKD, dv_LKD), *sequence)
+        return
     if section == "varlen":
         x = packed_inputs(heads, lengths, seed, kind)
         out_THD = run_varlen(x, heads, candidate)
@@ -403,7 +432,10 @@ def sentence_of(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:200]}"
 
 
-def _check_in_child(jobs: list[tuple[str, Heads, Candidate | None]], connection: Any) -> None:
+Job = tuple[str, Heads, AnyCandidate | None]
+
+
+def _check_in_child(jobs: list[Job], connection: Any) -> None:
     """Sends None for each job that passed, else what went wrong."""
     for job in jobs:
         try:
@@ -416,7 +448,7 @@ def _check_in_child(jobs: list[tuple[str, Heads, Candidate | None]], connection:
 
 
 def check_all(
-    jobs: dict[str, list[tuple[str, Heads, Candidate | None]]],
+    jobs: dict[str, list[Job]],
     processes: int,
     seconds: float,
     start: str = "spawn",
@@ -541,6 +573,19 @@ def packed_timers(row: Row, candidates: list[Candidate]) -> Timers:
     return timers
 
 
+def backward_timers(row: Row, candidates: list[BackwardCandidate]) -> Timers:
+    x = backward_inputs(*packed_inputs(row.heads, row.lengths, seed=0), seed=1)
+    dlse_HT = torch.zeros_like(x.lse_HT)
+    timers: Timers = {
+        name_of(c): lambda c=c: bench_us(lambda: run_backward(x, dlse_HT, c))
+        for c in [None, *candidates]
+    }
+    timers["FA2"] = lambda: bench_us(flash_backward(x, max(row.lengths)))
+    if len(set(row.lengths)) == 1:
+        timers["cuDNN"] = lambda: bench_us(cudnn_backward(x, len(row.lengths)))
+    return timers
+
+
 def decode_timers(row: Row, candidates: list[Candidate]) -> Timers:
     batch, context, heads = len(row.lengths), row.lengths[0], row.heads
     # Together four times the 60 MB of an H200's L2, and two at least.
@@ -570,13 +615,19 @@ def decode_timers(row: Row, candidates: list[Candidate]) -> Timers:
     return timers
 
 
-def time_row(row: Row, candidates: list[Candidate]) -> dict[str, float | str]:
+def time_row(row: Row, candidates: list[Any]) -> dict[str, float | str]:
     """Microseconds by name; a sentence in place of a time where one could not run."""
-    timers = (decode_timers if row.section == "decode" else packed_timers)(row, candidates)
+    timers_of = {"decode": decode_timers, "backward": backward_timers}
+    timers = timers_of.get(row.section, packed_timers)(row, candidates)
     times: dict[str, float | str] = {}
-    for name, timer in timers.items():
+    # What is chosen comes first, when the GPU has idled while the inputs were made and its clock
+    # may be down, and once more as the last: the better time counts.
+    again = [(name, timer) for name, timer in timers.items() if name == CHOSEN]
+    for name, timer in [*timers.items(), *again]:
         try:
-            times[name] = round(timer(), 2)
+            us = round(timer(), 2)
+            before = times.get(name)
+            times[name] = us if before is None or isinstance(before, str) else min(us, before)
         except Exception as error:  # a rival that lacks the shape must not end the run
             torch.cuda.synchronize()  # raises where the whole context is lost
             times[name] = sentence_of(error)
@@ -637,28 +688,37 @@ def list_candidates(sections: list[str]) -> None:
     from tools.compile_ahead import compile_ahead
 
     documents = []
-    header = f"{'section':9}{'heads':11}{'candidate':42}{'registers':>10}{'stack':>7}{'shared':>9}"
+    header = f"{'section':9}{'heads':11}{'candidate':48}{'registers':>10}{'stack':>7}{'shared':>9}"
     print(header + "  warps")
     for section in sections:
         for heads in heads_of(section):
             for candidate in CANDIDATES[section](heads):
                 if candidate.num_splits:  # one kernel for any number of them
                     continue
-                kernel, constants = kernel_of(section, heads, candidate)
-                strides = [name for name in kernel.arg_names if name.endswith(("_t", "_h"))]
-                made = compile_ahead(kernel, constants, "bf16", aligned=strides)
-                print(
-                    f"{section:9}{heads!s:11}{candidate!s:42}{made.registers or '-':>10}"
-                    f"{'-' if made.stack_bytes is None else made.stack_bytes:>7}"
-                    f"{made.shared_bytes:>9}  {made.num_warps}"
-                    + (" specialised" if made.warp_specialized else ""),
-                    flush=True,
-                )
-                documents.append(
-                    {"section": section, "heads": str(heads), "candidate": str(candidate)}
-                    | {k: v for k, v in made._asdict().items() if k != "ttgir"}
-                )
+                for part, (kernel, constants) in kernels_of(section, heads, candidate).items():
+                    strides = [name for name in kernel.arg_names if name.endswith(("_t", "_h"))]
+                    made = compile_ahead(kernel, constants, "bf16", aligned=strides)
+                    name = f"{candidate}{part and ': '}{part}"
+                    print(
+                        f"{section:9}{heads!s:11}{name:48}{made.registers or '-':>10}"
+                        f"{'-' if made.stack_bytes is None else made.stack_bytes:>7}"
+                        f"{made.shared_bytes:>9}  {made.num_warps}"
+                        + (" specialised" if made.warp_specialized else "")
+                        + (" serialised" if made.serialised else ""),
+                        flush=True,
+                    )
+                    documents.append(
+                        {"section": section, "heads": str(heads), "candidate": name}
+                        | {k: v for k, v in made._asdict().items() if k != "ttgir"}
+                    )
     print(json.dumps({"target": "sm_90", "candidates": documents}))
+
+
+def kernels_of(section: str, heads: Heads, candidate: Any) -> dict[str, tuple[Any, dict[str, Any]]]:
+    """A candidate's kernels and their constants, by what they write; "" is all there is."""
+    if section == "backward":
+        return backward_kernels(candidate, heads.query // heads.key, heads.dim)
+    return {"": kernel_of(section, heads, candidate)}
 
 
 def kernel_of(section: str, heads: Heads, candidate: Candidate) -> tuple[Any, dict[str, Any]]:
@@ -693,13 +753,13 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--what", choices=[*SECTIONS, "backward-less"], default="backward-less")
+    parser.add_argument("--what", choices=[*SECTIONS, *SETS], default="all")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the JSON document, as it grows")
     parser.add_argument("--list", action="store_true", help="compile ahead, time nothing")
     parser.add_argument("--seconds", type=float, default=200, help="of timing a section; 200")
     parser.add_argument("--processes", type=int, default=8, help="checks that run at a time")
     args = parser.parse_args()
-    sections: list[str] = list(SECTIONS) if args.what == "backward-less" else [args.what]
+    sections = list(SETS.get(args.what, (args.what,)))
     if args.list:
         try:
             list_candidates(sections)
@@ -724,7 +784,7 @@ def main() -> None:
     print(f"{document['device']}: {limits}", flush=True)
     for section in sections:
         start = time.monotonic()
-        jobs: dict[str, list[tuple[str, Heads, Candidate | None]]] = {}
+        jobs: dict[str, list[Job]] = {}
         for heads in heads_of(section):
             for candidate in [None, *CANDIDATES[section](heads)]:
                 jobs.setdefault(name_of(candidate), []).append((section, heads, candidate))

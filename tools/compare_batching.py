@@ -16,7 +16,8 @@ Padding is the share of computed token rows that nobody asked for; in decoding, 
 cache's rows that hold no token at its end. Tokens a second count real tokens only. MFU is the share
 of the device's peak that the samples' arithmetic makes (6 FLOP a weight and token, and causal
 attention; neither padding nor what is recomputed counts). What does not fit into memory is
-reported as such. The last line is one JSON document.
+reported as such; a training step that does not compile runs uncompiled, and the table says so. The
+last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from __future__ import annotations
 import argparse
 import math
 import random
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -46,7 +48,7 @@ from tools import padded
 from tools.batching_ways import WAYS, Compile, Flat, Way
 from tools.common import Plot, bars, model_config, parser, run, tokens_of
 from tools.memory import OUT_OF_MEMORY, extra_memory, is_out_of_memory, release
-from tools.training_ways import TRAINING_WAYS, WORDS, StepComparison, StepOptions
+from tools.training_ways import TRAINING_WAYS, WORDS, StepComparison, StepModels, StepOptions
 
 LENGTHS = ("uniform", "lognormal", "one-long", "trace")
 PHASES = ("prefill", "decode", "train-forward", "train-step")
@@ -388,17 +390,26 @@ def _train(
     """(agreement by lengths, rows) of the training step."""
     agreement: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
+    # What the serving phases have compiled must not burden a step. Sizes are dynamic: all lengths
+    # run what the first ones have compiled.
+    torch.compiler.reset()
+    models = StepModels(decoder, options)
     for kind, values in lengths.items():
         if max(values) == 1:
             continue  # single tokens predict nothing
-        torch.compiler.reset()
         samples = tokens_of(values, decoder.config.vocab_size, args.seed)
-        comparison = StepComparison(decoder, samples, options)
+        comparison = StepComparison(decoder, samples, options, models)
         agreement[kind] = comparison.check()
         shown.update()
         for way in TRAINING_WAYS:
-            rows.append({"lengths": kind, **comparison.measure(way)})
+            row = {"lengths": kind, **comparison.measure(way)}
+            rows.append(row)
             shown.update()
+            if row["ms"] is not None:  # a run that is cut off has said what it found
+                shown.write(
+                    f"{kind}, {way.name}: {row['ms']:,.0f} ms, {row['tokens_s']:,.0f} tokens/s",
+                    file=sys.stderr,
+                )
     return agreement, rows
 
 
@@ -464,7 +475,9 @@ def _print(
 
     def step_line(r: dict[str, Any]) -> list[Any]:
         mfu = None if r["mfu"] is None else f"{r['mfu']:.1%}"
-        return [*line(r), r["micro_batches"], r["tflop_s"], mfu]
+        name = f"{r['way']}, uncompiled" if r["uncompiled"] else r["way"]
+        cells = line(r)
+        return [cells[0], name, *cells[2:], r["micro_batches"], r["tflop_s"], mfu]
 
     header = ["lengths, phase", "way", "ms", "× flat", "tokens/s", "padding", "memory MB"]
     ordered = [r for phase in PHASES[:3] for r in rows if r["phase"] == phase]
@@ -475,6 +488,8 @@ def _print(
     if steps:
         print()
         print(table([*header, "micro-batches", "TFLOP/s", "MFU"], [step_line(r) for r in steps]))
+    for way, reason in {r["way"]: r["uncompiled"] for r in steps if r["uncompiled"]}.items():
+        print(f"{way} {reason}: it ran uncompiled")
 
 
 def _draw(

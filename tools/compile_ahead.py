@@ -15,7 +15,7 @@ HOPPER = GPUTarget("cuda", 90, 32)
 FLOAT_ARGUMENTS = ("score_scale", "cap_scale", "scale", "eps", "norm_offset")
 INT64_POINTERS = ("slots", "positions", "seed", "sample", "position", "tokens")
 FLOAT32_POINTERS = (
-    "lse", "dlse", "shift", "delta", "part", "cos", "sin",
+    "lse", "dlse", "shift", "delta", "rows", "part", "cos", "sin",
     "peaks", "bounds", "temperature", "min_p",
 )  # fmt: skip
 
@@ -23,7 +23,8 @@ FLOAT32_POINTERS = (
 class Compiled(NamedTuple):
     """Registers a thread, bytes of stack a thread (spills) and of shared memory a program.
 
-    Registers and stack are None where Triton brings no `cuobjdump` for the target.
+    Registers and stack are None where Triton brings no `cuobjdump` for the target. `serialised`:
+    ptxas lets no Hopper product run beside another instruction (C7510, C7515 and others).
     """
 
     registers: int | None
@@ -31,6 +32,7 @@ class Compiled(NamedTuple):
     shared_bytes: int
     num_warps: int
     warp_specialized: bool
+    serialised: bool
     ttgir: str
 
 
@@ -121,8 +123,22 @@ def _compiled(source: ASTSource, target: GPUTarget, options: dict[str, Any]) -> 
         compiled.metadata.shared,
         compiled.metadata.num_warps,
         "ttg.warp_specialize" in compiled.asm["ttgir"],
+        target.arch == 90 and _is_serialised(compiled.asm["ptx"]),
         compiled.asm["ttgir"],
     )
+
+
+def _is_serialised(ptx: str) -> bool:
+    """Whether ptxas says so; Triton keeps that to itself."""
+    if "wgmma.mma_async" not in ptx:
+        return False
+    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [ptxas, "-v", "-arch=sm_90a", file.name, "-o", "/dev/null"]
+        said = subprocess.run(command, capture_output=True, text=True, check=False).stderr
+    return "serialized" in said
 
 
 def _resources(cubin: bytes) -> tuple[int | None, int | None]:

@@ -11,8 +11,10 @@ Shape suffixes as in `minigen/trainer.py`, B rows of a rectangle and L its longe
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 
 from minigen.batch import Batch, make_batch
 from minigen.flops import step_flops
-from minigen.measure import seconds_of
+from minigen.measure import synchronize
 from minigen.model import Attention, Block, Decoder, packed_layer
 from minigen.trainer import Layer, Schedule, Trainer, TrainingModel
 from tools import padded
@@ -39,6 +41,7 @@ from tools.memory import (
 # difference; their own norm does not see what turns them.
 ROUNDINGS = {"loss": 4, "norm": 4, "gradients": 16}
 WORDS = {"loss": "loss", "norm": "norm of the gradients", "gradients": "gradient"}
+SECONDS = 2.0  # of timing a way takes at most, unless a single update takes longer
 TOO_LARGE = (
     "flat, which the others are compared with, does not fit into memory: use fewer tokens or "
     "--recompute"
@@ -132,11 +135,25 @@ class UnpaddedModel(TrainingModel):
         return super().hidden(tokens_T, positions_T, cu_seqlens_S1, real_T)
 
 
+def without_coalescing() -> dict[str, bool]:
+    """Inductor's settings without its analysis of coalesced access, where it has one.
+
+    The analysis chooses the tiles of pointwise kernels. On a GPU it fails for the layer that unpads
+    (torch 2.11, dynamic sizes: an assertion in `tiling_utils.get_pw_red_splits`); without it
+    Inductor chooses them as it did before there was one.
+    """
+    from torch._inductor import config
+
+    name = "coalesce_tiling_analysis"
+    return {f"triton.{name}": False} if hasattr(config.triton, name) else {}
+
+
 @dataclass(frozen=True)
 class TrainingWay:
     """How a step's samples become micro-batches, and which layer runs them.
 
     groups: lengths -> samples that may share a micro-batch.
+    layer_options: Inductor's settings for the layer.
     """
 
     name: str
@@ -145,6 +162,7 @@ class TrainingWay:
     groups: Callable[[Sequence[int]], list[list[int]]] = field(
         default=lambda lengths: [list(range(len(lengths)))]
     )
+    layer_options: Callable[[], dict[str, bool]] = dict
 
     @property
     def pads(self) -> bool:
@@ -171,7 +189,7 @@ class TrainingWay:
 
 PADDED = TrainingWay("padded", padded_layer)
 GROUPED = TrainingWay("grouped", padded_layer, groups=groups_of)
-UNPADDED = TrainingWay("unpadded", unpadded_layer, UnpaddedModel)
+UNPADDED = TrainingWay("unpadded", unpadded_layer, UnpaddedModel, layer_options=without_coalescing)
 FLAT = TrainingWay("flat", packed_layer)
 TRAINING_WAYS = (PADDED, GROUPED, UNPADDED, FLAT)
 
@@ -195,16 +213,50 @@ class StepOptions:
     peak_flops: float | None = None
 
 
+class StepModels:
+    """Each way's model, made when it is asked for: one compilation for all lengths.
+
+    decoder: in fp32, on its device.
+    """
+
+    def __init__(self, decoder: Decoder, options: StepOptions) -> None:
+        self.decoder, self.options = decoder, options
+        self._made: dict[str, TrainingModel] = {}
+        self.uncompiled: dict[str, str] = {}  # ways that do not compile, and why
+
+    def of(self, way: TrainingWay) -> TrainingModel:
+        if way.name not in self._made:
+            options = self.options
+            self._made[way.name] = way.model(
+                self.decoder,
+                dtype=options.dtype,
+                compile="eager" if way.name in self.uncompiled else options.compile,
+                recompute=options.recompute,
+                layer=way.layer,
+                layer_options=way.layer_options(),
+            )
+        return self._made[way.name]
+
+    def give_up_compiling(self, way: TrainingWay, reason: str) -> None:
+        self.uncompiled[way.name] = reason
+        self._made.pop(way.name, None)
+
+
 class StepComparison:
     """The ways on the same samples and weights: `check` first, then `measure`.
 
     Args:
         decoder: in fp32, on its device; its weights are never changed (the rate is 0).
         samples: token ids, at least one sample of two tokens or more.
+        models: of an earlier comparison with the same decoder and options.
     """
 
     def __init__(
-        self, decoder: Decoder, samples: Sequence[list[int]], options: StepOptions
+        self,
+        decoder: Decoder,
+        samples: Sequence[list[int]],
+        options: StepOptions,
+        models: StepModels | None = None,
     ) -> None:
         self.decoder, self.samples, self.options = decoder, samples, options
         self.device = decoder.embed.weight.device
@@ -214,13 +266,7 @@ class StepComparison:
             way.name: way.micro_batches(samples, decoder, options.max_rows) for way in TRAINING_WAYS
         }
         # The same objects are checked and timed.
-        self._models = {
-            way.name: way.model(
-                decoder, dtype=options.dtype, compile=options.compile,
-                recompute=options.recompute, layer=way.layer,
-            )
-            for way in TRAINING_WAYS
-        }  # fmt: skip
+        self._models = models or StepModels(decoder, options)
         self.checked: dict[str, tuple[float, float]] = {}
         self.left_out: dict[str, str] = {}  # ways, and why
 
@@ -237,7 +283,8 @@ class StepComparison:
         """{way: its relative differences from flat} of loss, gradients' norm and gradients.
 
         The gradients' is the norm of the difference of all gradients over their norm. None for a
-        way that runs out of memory, which is then not measured either.
+        way that runs out of memory, which is then not measured either. A way that does not compile
+        runs uncompiled.
 
         Raises ValueError where a way differs by more than the roundings of the dtype allow, or
         where flat does not fit.
@@ -254,7 +301,7 @@ class StepComparison:
                 elif too_large_for_host(self._estimate(way, taken), self.device):
                     found[way.name], self.left_out[way.name] = None, OUT_OF_MEMORY
                     continue
-                loss, norm = self._gradients(way)
+                loss, norm = self._gradients_compiled_or_not(way)
             except (RuntimeError, MemoryError) as error:
                 reason = reason_to_leave_out(error)
                 if reason == OUT_OF_MEMORY and way is FLAT:
@@ -297,9 +344,22 @@ class StepComparison:
         flat = max(len(batch.tokens_T) for batch in self._batches[FLAT.name])
         return weights + max(0, taken - weights) * largest / flat
 
+    def _gradients_compiled_or_not(self, way: TrainingWay) -> tuple[float, float]:
+        try:
+            return self._gradients(way)
+        except RuntimeError as error:
+            reason = reason_to_leave_out(error)
+            if reason in (None, OUT_OF_MEMORY) or way is FLAT:
+                raise
+            self._models.give_up_compiling(way, str(reason))
+        # Not in the handler, where the error's traceback holds what the attempt has allocated.
+        self._drop_gradients()
+        release(self.device)
+        return self._gradients(way)
+
     def _gradients(self, way: TrainingWay) -> tuple[float, float]:
         """(loss a target, norm of all gradients), which stay in the parameters."""
-        model, total = self._models[way.name], 0.0
+        model, total = self._models.of(way), 0.0
         model.train()
         for batch in self._batches[way.name]:
             loss = model(*batch.to(self.device)) / self.num_targets
@@ -322,6 +382,7 @@ class StepComparison:
             "phase": "train-step",
             "padding": 1 - real / self.rows(way),
             "micro_batches": len(self._batches[way.name]),
+            "uncompiled": self._models.uncompiled.get(way.name),
             **dict.fromkeys(("ms", "tokens_s", "tflop_s", "mfu", "peak_bytes")),
         }
         if way.name not in self.checked:
@@ -341,12 +402,29 @@ class StepComparison:
     def _timed(self, way: TrainingWay, real: int) -> dict[str, Any]:
         batches = self._batches[way.name]
         # At a rate of 0 AdamW computes all it does, and every update sees the same weights.
-        trainer = Trainer(self._models[way.name], Schedule("constant", 0.0, 1, 0))
-        self._refuse_other_step(way, *trainer.update(batches, self.num_targets))
-        seconds = seconds_of(
-            lambda: trainer.update(batches, self.num_targets), self.device, self.options.repeats
-        )
-        extra = extra_memory(lambda: trainer.update(batches, self.num_targets), self.device)
+        trainer = Trainer(self._models.of(way), Schedule("constant", 0.0, 1, 0))
+
+        def update() -> tuple[Tensor, Tensor]:
+            return trainer.update(batches, self.num_targets)
+
+        synchronize(self.device)
+        start = time.perf_counter()
+        self._refuse_other_step(way, *update())  # reads the device's numbers, so waits for it
+        first = time.perf_counter() - start
+        # All is compiled and warm after the check and this update. Long ones vary little.
+        repeats = min(self.options.repeats, max(1, int(SECONDS / first)))
+        spans: list[float] = []
+
+        def timed() -> None:
+            for _ in range(repeats):
+                synchronize(self.device)
+                start = time.perf_counter()
+                update()
+                synchronize(self.device)
+                spans.append(time.perf_counter() - start)
+
+        extra = extra_memory(timed, self.device)
+        seconds = median(spans)
         moments = [
             value
             for state in trainer.optimizer.state.values()
@@ -356,6 +434,7 @@ class StepComparison:
         rate, peak = self.flop / seconds, self.options.peak_flops
         return {
             "ms": seconds * 1e3,
+            "repeats": repeats,
             "tokens_s": real / seconds,
             "tflop_s": rate / 1e12,
             "mfu": None if peak is None else rate / peak,
