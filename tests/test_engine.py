@@ -342,6 +342,7 @@ class FakeCuda:
 
     def graphs(self) -> StepGraphs:
         def call(step, sampling, head) -> torch.Tensor:
+            assert self.capturing
             self.calls.append(self.capturing)
             if self.fails_early:
                 raise RuntimeError("the call")
