@@ -5,7 +5,8 @@ Shape suffixes as in `model.py`, and R rows to sample, M rows of device state.
 Two functions are compiled, each once for every mix of lengths: the decoder up to the hidden states
 of all T tokens, and the head with the draw for the R rows that need a token. Where graphs replay
 the steps, the decoder is compiled as one layer that is called for each: that takes a tenth of the
-time, and what the calls cost the host is paid at the capture alone. Sampled tokens stay on the
+time, and what the calls cost the host is paid at the capture alone. On a GPU the head is called as
+it is where compiling would fuse nothing of it. Sampled tokens stay on the
 device (`last_tokens_M`), so that the next step can be launched before the host has read them.
 """
 
