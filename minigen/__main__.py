@@ -8,7 +8,7 @@ import threading
 import traceback
 from collections.abc import Sequence
 
-from minigen import cli, train_options
+from minigen import cli, start, train_options
 from minigen.weights import bundled
 
 EPILOG = """\
@@ -80,6 +80,9 @@ weights and the cache that a step reads take at the bandwidth, and its products 
 are measured in the same run. The last line of standard output is one JSON document."""
 
 
+SERVING = ("chat", "generate", "bench")  # commands that load a model to serve
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0, 1 (failed), 2 (the user's error), 130 (Ctrl-C)."""
     if sys.stderr is None:  # closed by `2>&-`: messages would go to standard output
@@ -87,6 +90,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = _parser().parse_args(argv)
     args.argv = list(argv)
+    # `bench start` has other processes start.
+    if args.command in SERVING and getattr(args, "workload", None) != "start":
+        start.open_gpu(args.device)
     try:
         return args.run(args)
     except KeyboardInterrupt:
@@ -229,4 +235,6 @@ def _leave(code: int) -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] and sys.argv[1] in SERVING:
+        start.pause_collection()  # until the model is loaded
     _leave(main())

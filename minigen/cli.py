@@ -17,6 +17,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
+from minigen import start
+
 if TYPE_CHECKING:
     from minigen.llm import LLM
 
@@ -231,7 +233,7 @@ def load_llm(
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     warnings.showwarning = _show_warning
     make = partial(LLM, args.model) if config is None else partial(LLM.from_config, config)
-    return make(
+    llm = make(
         dtype=args.dtype,
         device=args.device,
         compile=args.compile,
@@ -240,6 +242,8 @@ def load_llm(
         progress=sys.stderr is not None and sys.stderr.isatty(),
         **options,
     )
+    start.resume_collection()
+    return llm
 
 
 def _show_warning(message: Warning | str, *where: Any, **options: Any) -> None:

@@ -9,8 +9,8 @@ prompts the hidden states, since the number of tokens says little about the numb
 Without a GPU the same buffers are filled and the step is called: tests need none.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,6 +71,7 @@ class StepGraphs:
 
     Args:
         call: a step on tensors; it must not wait for the device.
+        warm_up: launches each kernel that `call` does, perhaps less often.
         sampling_for: (number of rows, head, buffer) -> sampling of so many null rows, in it.
         write_null_step: fills a buffer on the device with a step that has only null rows.
         max_num_seqs, max_num_tokens: the largest step.
@@ -80,6 +81,7 @@ class StepGraphs:
     def __init__(
         self,
         call: StepCall,
+        warm_up: StepCall,
         sampling_for: Callable[[int, str, Tensor | None], SamplingTensors],
         write_null_step: Callable[[Tensor, StepSize], None],
         max_num_seqs: int,
@@ -87,7 +89,8 @@ class StepGraphs:
         max_num_blocks: int,
         device: torch.device,
     ) -> None:
-        self._call, self._sampling_for, self._write_null_step = call, sampling_for, write_null_step
+        self._call, self._warm_up = call, warm_up
+        self._sampling_for, self._write_null_step = sampling_for, write_null_step
         self._device = device
         self.sizes = bucket_sizes(max_num_seqs)
         self.prompt_sizes = prompt_sizes(max_num_tokens)
@@ -126,6 +129,8 @@ class StepGraphs:
             for head in heads:
                 self.buffers(size, head)
                 yield size
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()  # what the warm-ups took on the captures' stream
 
     def num_usual(self, num_heads: int) -> int:
         """How many `capture_all` captures."""
@@ -166,15 +171,18 @@ class StepGraphs:
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             # Loads kernels and gives libraries their memory, which no capture allows.
-            self._call(step, sampling, head)
-        current.wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        # Of this thread: another one may compile meanwhile.
-        options: dict[str, Any] = {"pool": self._pool, "capture_error_mode": "thread_local"}
-        try:
-            with torch.cuda.graph(graph, stream=stream, **options):
+            self._warm_up(step, sampling, head)
+            graph = torch.cuda.CUDAGraph()
+            # Not `with torch.cuda.graph`, which waits for the device and gives all free memory back
+            # before each capture, to be taken again by the next warm-up.
+            # Of this thread: another one may compile meanwhile.
+            graph.capture_begin(self._pool, capture_error_mode="thread_local")
+            try:
                 result = self._call(step, sampling, head)
-        except BaseException:
-            torch.cuda.set_stream(current)  # a capture that fails as it ends leaves its own set
-            raise
+            except BaseException:
+                with contextlib.suppress(RuntimeError):
+                    graph.capture_end()  # or the stream would go on to capture
+                raise
+            graph.capture_end()
+        current.wait_stream(stream)
         return graph, result

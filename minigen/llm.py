@@ -20,6 +20,7 @@ from minigen.outputs import RequestOutput
 from minigen.runner import Runner, check_compile_mode
 from minigen.sampling import SamplingParams
 from minigen.scheduler import Scheduler
+from minigen.start import compiler_imported
 from minigen.weights.checkpoint import read_generation_config
 from minigen.weights.hub import resolve_model
 from minigen.weights.tokenizer import Tokenizer
@@ -111,7 +112,9 @@ class LLM:
             now = time.perf_counter()
             self.start_seconds[part], began = now - began, now
 
-        decoder = self._load(model, _dtype(dtype), max_model_len, progress)
+        # Not in the background: the first reply would wait for it.
+        with compiler_imported(compile != "eager" and not compile_in_background):
+            decoder = self._load(model, _dtype(dtype), max_model_len, progress)
         self.config, self.dtype = decoder.config, decoder.embed.weight.dtype
         config, wanted = self.config, decoder.max_length
         block_bytes = (

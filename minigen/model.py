@@ -460,6 +460,12 @@ class Linear(nn.Linear):
     It computes in the dtype of its input: in training the weights are fp32, the rest is bf16.
     """
 
+    def reset_parameters(self) -> None:
+        """Leaves the values open: a checkpoint or `Decoder.from_config` gives them.
+
+        To draw them on the meta device torch imports its compiler, 0.8 s of a start.
+        """
+
     def forward(self, input: Tensor) -> Tensor:
         if input.is_nested:
             return jagged(self(input.values()), offsets_of(input))
@@ -662,7 +668,9 @@ class Decoder(nn.Module):
         self.max_length = config.max_position_embeddings if max_length is None else max_length
         if self.max_length < 1:
             raise ValueError(f"max_length is {max_length}, but must be at least 1")
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        # Given a weight it draws none, see `Linear.reset_parameters`.
+        weight = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size, _weight=weight)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm_offset)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -730,7 +738,10 @@ class Decoder(nn.Module):
             raise ValueError(f"config.json: no tensor can have its sizes: {error}") from None
 
     def _allocate(self, dtype: torch.dtype | None, device: torch.device | str) -> Decoder:
-        model = self.to(dtype or self.config.dtype).to_empty(device=device)
+        # `to_empty` computes strides as the compiler does, and imports parts of it for that.
+        model = self.to(dtype or self.config.dtype)._apply(
+            lambda x: torch.empty(x.shape, dtype=x.dtype, device=device)
+        )
         if self.config.tie_word_embeddings:
             model.lm_head.weight = model.embed.weight
         model.build_rope(torch.device(device))

@@ -5,7 +5,8 @@ Shape suffixes as in `model.py`, and R rows to sample, M rows of device state.
 Two functions are compiled, each once for every mix of lengths: the decoder up to the hidden states
 of all T tokens, and the head with the draw for the R rows that need a token. Where graphs replay
 the steps, the decoder is compiled as one layer that is called for each: that takes a tenth of the
-time, and what the calls cost the host is paid at the capture alone. Sampled tokens stay on the
+time, and what the calls cost the host is paid at the capture alone. On a GPU the head is called as
+it is where compiling would fuse nothing of it. Sampled tokens stay on the
 device (`last_tokens_M`), so that the next step can be launched before the host has read them.
 """
 
@@ -32,7 +33,7 @@ from minigen.graphs import (
     StepGraphs,
 )
 from minigen.kernels import native
-from minigen.model import Block, Decoder, PagedKV, packed_layer
+from minigen.model import Block, Decoder, DecoderConfig, PagedKV, packed_layer
 from minigen.sampling import (
     Row,
     RowBatch,
@@ -100,6 +101,12 @@ class Launched:
         tokens = self.tokens_R[:num].tolist() if self.tokens_R is not None else []
         logprobs = _lists([self.logprobs], num) if self.logprobs else None
         return tokens, logprobs, [(chunk, _lists(parts)) for chunk, parts in self.scores]
+
+
+def kinds_of_layers(config: DecoderConfig) -> list[int]:
+    """The first layer of each kind, and the last of all, which takes another's output."""
+    kinds = list(zip(config.layer_windows, config.layer_rope, strict=True))
+    return sorted({*(kinds.index(kind) for kind in kinds), len(kinds) - 1})
 
 
 def _num_blocks(chunks: list[Chunk]) -> int:
@@ -170,12 +177,14 @@ class Runner:
         self._begin: Callable[..., tuple[Tensor, ...]] = self._begin_step
         self._layer: Callable[..., Tensor] = packed_layer
         self._norm: Callable[[Tensor], Tensor] = self.model.norm
+        self._kinds = kinds_of_layers(config)
         self._graphs: StepGraphs | None = None
         if decode_graphs or (
             decode_graphs is None and self.device.type == "cuda" and compile == "default"
         ):
             self._graphs = StepGraphs(
                 self._captured_call,
+                self._warm_up_call,
                 self._null_sampling,
                 self._write_null_step,
                 max_num_seqs,
@@ -215,16 +224,25 @@ class Runner:
         cu_seqlens_S1: Tensor,
         kv_lens_S: Tensor,
         block_table_SW: Tensor,
+        layers: Sequence[int] | None = None,
     ) -> Tensor:
-        """The same as `_hidden_step`, in functions that are compiled one by one."""
+        """The same as `_hidden_step`, in functions that are compiled one by one.
+
+        `layers`: the indices of those to run, where not all.
+        """
         x_TE, cos_TR, sin_TR = self._begin(tokens_T, token_rows_T, positions_T)
         few = serves_few_rows(self.model.config, len(tokens_T), self.device, x_TE.dtype)
         layer = few_rows_layer if few else self._layer
         kv = PagedKV(self.caches, slots_T, kv_lens_S, block_table_SW)
-        for i, block in enumerate(self.model.blocks):
+        for i in range(len(self.model.blocks)) if layers is None else layers:
+            block = self.model.blocks[i]
             assert isinstance(block, Block)
             x_TE = layer(block, x_TE, cos_TR, sin_TR, cu_seqlens_S1, kv.layer(i))
         return self._norm(x_TE)
+
+    def _launch_each_kernel(self, *inputs: Tensor) -> Tensor:
+        """A step without the layers that launch what others have launched; its result is none."""
+        return self._hidden_by_layer(*inputs, layers=self._kinds)
 
     def _begin_step(
         self, tokens_T: Tensor, token_rows_T: Tensor, positions_T: Tensor
@@ -278,7 +296,9 @@ class Runner:
                 warnings.simplefilter("ignore")
                 for tensor in (*(t for pair in self.caches for t in pair), self.last_tokens_M):
                     torch._dynamo.mark_static_address(tensor)
-                head_step = torch.compile(self._head_step, fullgraph=True, mode=mode)
+                head_step: Callable[..., Tensor] = self._head_step
+                if self._compiles_heads:
+                    head_step = torch.compile(head_step, fullgraph=True, mode=mode)
                 # Sizes all differ: equal ones would be taken for one and the same.
                 step = self._null_step(StepSize(num_tokens=11, num_seqs=5, num_rows=3, width=7))
                 self._mark(step)
@@ -296,7 +316,7 @@ class Runner:
                         torch._dynamo.mark_dynamic(tensor, 0, min=2, max=self._most_rows)
                     head_step(hidden_TE, step.last_R, head, *sampling.tensors())
                 if self.device.type == "cuda" and self.compile not in TORCHS_GRAPHS:
-                    self._load_kernels(hidden)
+                    self._load_kernels(self._launch_each_kernel if self._by_layer else hidden)
         # No compiler, no headers, a bug of the compiler: the uncompiled step serves on.
         except Exception as error:
             reason = str(error).strip().splitlines()
@@ -304,6 +324,17 @@ class Runner:
             return
         self._hidden, self._head = hidden, head_step
         self._status = "ready"
+
+    @property
+    def _compiles_heads(self) -> bool:
+        """Whether that gains anything.
+
+        On a GPU a head is a lookup, a matrix product and the kernels of `draw_tokens`, or a cast:
+        with one kernel more or less they are what the compiler would launch, and three heads are a
+        tenth of a warm start's compiling.
+        """
+        fuses = self.model.config.logit_softcap != 0.0 or self.device.type != "cuda"
+        return fuses or self.compile in TORCHS_GRAPHS
 
     @property
     def _by_layer(self) -> bool:
@@ -512,7 +543,18 @@ class Runner:
     def _captured_call(
         self, step: StepTensors, sampling: SamplingTensors | None, head: str
     ) -> Tensor:
-        hidden_TE = self._hidden(*self._hidden_inputs(step))
+        return self._with_head(self._hidden(*self._hidden_inputs(step)), step, sampling, head)
+
+    def _warm_up_call(
+        self, step: StepTensors, sampling: SamplingTensors | None, head: str
+    ) -> Tensor:
+        by_layer = self._hidden == self._hidden_by_layer
+        hidden = self._launch_each_kernel if by_layer else self._hidden
+        return self._with_head(hidden(*self._hidden_inputs(step)), step, sampling, head)
+
+    def _with_head(
+        self, hidden_TE: Tensor, step: StepTensors, sampling: SamplingTensors | None, head: str
+    ) -> Tensor:
         if head == HIDDEN or sampling is None:
             return hidden_TE
         result = self._head(hidden_TE, step.last_R, head, *sampling.tensors())

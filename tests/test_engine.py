@@ -38,7 +38,7 @@ from minigen.kernels.few_rows_linear import PLAIN_ROWS
 from minigen.kernels.paged_attention import choose_num_splits
 from minigen.kernels.tiles import choose_tile
 from minigen.model import Decoder, DecoderConfig
-from minigen.runner import COMPILE_MODES, Runner
+from minigen.runner import COMPILE_MODES, Runner, kinds_of_layers
 from minigen.sampling import SamplingTensors
 from minigen.scheduler import Scheduler
 from minigen.step import StepSize
@@ -303,43 +303,62 @@ class FakeStream:
 
 
 class FakeCuda:
-    """In place of torch's CUDA graphs; `fails` ends a capture as torch ends one that went wrong."""
+    """In place of torch's CUDA graphs; `fails` ends a capture as torch ends one that went wrong,
+    which the call in it may have noticed before."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: bool = False) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, fails: bool = False, fails_early: bool = False
+    ) -> None:
         self.captures: list[tuple[object, object]] = []  # pool and stream of each
         self.calls: list[bool] = []  # whether a capture was under way
-        self.streams_set: list[object] = []
-        self.capturing, self.fails = False, fails
+        self.streams_set: list[object] = []  # those that are current now
+        self.capturing, self.fails, self.fails_early = False, fails, fails_early
         self.main = FakeStream()
         for name, fake in {
             "Stream": FakeStream,
-            "CUDAGraph": object,
-            "graph": self.graph,
+            "CUDAGraph": lambda: self,
             "graph_pool_handle": object,
             "current_stream": lambda device: self.main,
-            "set_stream": self.streams_set.append,
-            "stream": contextlib.nullcontext,
+            "stream": self.stream,
         }.items():
             monkeypatch.setattr(torch.cuda, name, fake)
         zeros = torch.zeros
         monkeypatch.setattr(torch, "zeros", lambda n, dtype, **options: zeros(n, dtype=dtype))
 
     @contextlib.contextmanager
-    def graph(self, graph, pool, stream, capture_error_mode) -> Iterator[None]:
-        self.captures.append((pool, stream))
+    def stream(self, stream) -> Iterator[None]:
+        self.streams_set.append(stream)
+        try:
+            yield
+        finally:
+            self.streams_set.pop()
+
+    def capture_begin(self, pool, capture_error_mode) -> None:
+        self.captures.append((pool, self.streams_set[-1]))
         self.capturing = True
-        yield
+
+    def capture_end(self) -> None:
+        assert self.capturing
         self.capturing = False
         if self.fails:
-            raise RuntimeError
+            raise RuntimeError("the end")
 
     def graphs(self) -> StepGraphs:
         def call(step, sampling, head) -> torch.Tensor:
+            assert self.capturing
+            self.calls.append(self.capturing)
+            if self.fails_early:
+                raise RuntimeError("the call")
+            return step.rows_R
+
+        def warm_up(step, sampling, head) -> torch.Tensor:
+            assert not self.capturing
             self.calls.append(self.capturing)
             return step.rows_R
 
         return StepGraphs(
             call,
+            warm_up,
             lambda num_rows, head, into: SamplingTensors.from_rows([], 5, "cpu"),
             lambda into, size: None,
             max_num_seqs=9,
@@ -363,12 +382,48 @@ def test_graphs_are_captured_on_one_stream_after_a_warm_up(monkeypatch) -> None:
     assert not cuda.streams_set
 
 
-def test_a_failed_capture_gives_the_stream_back(monkeypatch) -> None:
-    cuda = FakeCuda(monkeypatch, fails=True)
+@pytest.mark.parametrize("early", [False, True])
+def test_a_failed_capture_ends_and_says_why(early: bool, monkeypatch) -> None:
+    cuda = FakeCuda(monkeypatch, fails=True, fails_early=early)
     graphs = cuda.graphs()
-    with pytest.raises(CaptureError, match="RuntimeError"):
+    with pytest.raises(CaptureError, match="the call" if early else "the end"):
         graphs.buffers(graphs.size_for(1, 1), "greedy")
-    assert cuda.streams_set == [cuda.main]
+    assert not cuda.capturing
+    assert not cuda.streams_set
+
+
+def test_a_warm_up_launches_what_the_step_does(monkeypatch) -> None:
+    """Each layer whose window or rope differs, and a layer behind another."""
+    hf = {**TINY, "num_hidden_layers": 6, "use_sliding_window": True, "sliding_window": 8,
+          "max_window_layers": 3}  # fmt: skip
+    model = Decoder.from_config(DecoderConfig.from_hf(hf), seed=3)
+    made = Runner(model, num_blocks=31, block_size=4, max_num_seqs=4, max_num_batched_tokens=64,
+                  decode_graphs=True)  # fmt: skip
+    made._hidden = made._hidden_by_layer
+    step = made._null_step(StepSize(num_tokens=4, num_seqs=4, num_rows=4, width=4))
+    sampling = made._null_sampling(4, "greedy", None)
+    layer, head, ran, heads = made._layer, made._head, [], []
+    monkeypatch.setattr(
+        made, "_layer", lambda block, *inputs: ran.append(block) or layer(block, *inputs)
+    )
+    monkeypatch.setattr(made, "_head", lambda *inputs: heads.append(inputs[2]) or head(*inputs))
+    for call, layers in ((made._captured_call, range(6)), (made._warm_up_call, (0, 3, 5))):
+        ran.clear()
+        call(step, sampling, "greedy")
+        assert ran == [model.blocks[i] for i in layers]
+    assert heads == ["greedy"] * 2
+
+
+def test_layers_of_one_kind_are_known_by_windows_and_rope() -> None:
+    config = decoder().config
+
+    def kinds(windows: tuple[int, ...], rope: tuple[bool, ...]) -> list[int]:
+        return kinds_of_layers(replace(config, layer_windows=windows, layer_rope=rope))
+
+    assert kinds((0,), (True,)) == [0]
+    assert kinds((0,) * 5, (True,) * 5) == [0, 4]
+    assert kinds((8, 0, 8, 0), (True,) * 4) == [0, 1, 3]
+    assert kinds((0,) * 6, (True, True, False) * 2) == [0, 2, 5]
 
 
 @given(st.integers(1, 5000), st.integers(1, 5000), st.data())
@@ -378,7 +433,7 @@ def test_no_captured_table_is_wider_than_what_is_compiled(
     model = SimpleNamespace(max_length=max_length)
     longest = min(num_blocks, -(-max_length // 16))
     none: Any = None
-    graphs = StepGraphs(none, none, none, 8, 64, longest, torch.device("cpu"))
+    graphs = StepGraphs(none, none, none, none, 8, 64, longest, torch.device("cpu"))
     has = data.draw(st.integers(1, longest))
     width = graphs.size_for(1, has).width
     assert has <= width == graphs.prompt_size_for(9, 1, has).width
@@ -1063,6 +1118,18 @@ def test_the_real_checkpoint_tells_its_story(shared_dir) -> None:
     assert stopped.text == text[: text.index(stop)]
     assert (stopped.finish_reason, stopped.stop_reason) == ("stop", stop)
     assert "".join(llm.stream(golden[:1], stopping)) == stopped.text
+
+
+def test_heads_are_compiled_where_that_fuses_something() -> None:
+    def compiles(device: str, compile: str, softcap: float) -> bool:
+        model = SimpleNamespace(config=replace(decoder().config, logit_softcap=softcap))
+        runner: Any = SimpleNamespace(model=model, device=torch.device(device), compile=compile)
+        return Runner._compiles_heads.fget(runner)  # pyright: ignore[reportOptionalCall]
+
+    assert not compiles("cuda", "default", 0.0)
+    assert compiles("cuda", "default", 30.0)
+    assert compiles("cuda", "max-autotune", 0.0)
+    assert compiles("cpu", "default", 0.0)
 
 
 @pytest.mark.slow
