@@ -2,10 +2,11 @@
 
 As the plain kernel, a program holds some whole rows of the weight in registers, asked for all at
 once and, launched early, while the kernel before it still runs. They are multiplied in one piece a
-warp: each warp takes its part of the inputs, and the parts are added at the end. (A loop over
-inputs that brings tiles to shared memory, five of them on their way, took twice as long: us a call
-at 8 rows with what is around the product, H200: 1024 -> 4096 8.0, 2048 -> 1024 5.6, 1024 -> 3072
-gated 10.0, 3072 -> 1024 7.5; cuBLAS's products alone 5.3, 6.1, 6.2, 7.5.)
+warp: each warp takes its part of the inputs, and the parts are added at the end. A norm gets a
+kernel of its own: in this one, of whose hundreds of programs each normed all rows, it took 3 us.
+(A loop over inputs that brings tiles to shared memory, five of them on their way, took twice as
+long: us a call at 8 rows, with what is around the product: 2048 -> 1024 5.6, here 3.0, cuBLAS's
+product alone 6.0; 1024 -> 3072 gated, without the norm, 7.4, 5.8, 6.1; 3072 -> 1024 7.5, 4.0, 7.6.)
 
 Shapes: T rows, E inputs, C inputs of a chunk and a warp, B warps, F outputs, G rows of the weight
 (F, or 2F with an activation).
@@ -19,7 +20,8 @@ from minigen.kernels.dependent_launch import launch_options, wait_for_predecesso
 from minigen.kernels.tiles import on_device_of, power_of_two
 from minigen.kernels.triton_import import tl, triton
 
-MAX_DOT_ROWS = 32
+ROWS = 16  # of x at a time: as many as a tensor core takes
+MAX_DOT_ROWS = 2 * ROWS
 MAX_CHUNKS = 4
 MAX_DOT_INPUTS = 4096
 
@@ -32,11 +34,11 @@ class DotTile(NamedTuple):
     num_warps: int
 
 
-def choose_dot_tile(num_outputs: int, num_inputs: int, has_activation: bool) -> DotTile:
-    """Chunks of 1,024 inputs, or of less where there are less; four at most."""
-    block_e = min(max(power_of_two(num_inputs), 64), 1024)
-    block_f = 8 if num_outputs < 3072 or has_activation else 16
-    return DotTile(block_f, block_e, 4 if block_e < 256 else 8)
+def choose_dot_tile(num_inputs: int) -> DotTile:
+    """The least outputs that a tensor core takes, so that the most multiprocessors have work, in
+    chunks of 1,024 inputs, or of less where there are less: the best of eight tiles for each of
+    Qwen3-0.6B's four layers (H200)."""
+    return DotTile(8, min(max(power_of_two(num_inputs), 64), 1024), 4)
 
 
 def few_rows_dot_triton(
@@ -56,29 +58,41 @@ def few_rows_dot_triton(
     num_rows, num_inputs = x_TE.shape
     num_outputs = out_TF.shape[1]
     if tile is None:
-        tile = choose_dot_tile(num_outputs, num_inputs, activation != "")
+        tile = choose_dot_tile(num_inputs)
     with on_device_of(x_TE):
+        if norm_weight_E is not None:
+            normed_TE = x_TE.new_empty(num_rows, num_inputs)
+            norm_rows_kernel[(num_rows,)](
+                x_TE,
+                norm_weight_E,
+                normed_TE,
+                x_TE.stride(0),
+                eps,
+                norm_offset,
+                NUM_INPUTS=num_inputs,
+                BLOCK_E=power_of_two(num_inputs),
+                num_warps=4,
+                **launch_options(pdl),
+            )
+            x_TE = normed_TE
         few_rows_dot_kernel[(-(-num_outputs // tile.block_f),)](
             x_TE,
             weight_GE,
             bias_G,
             residual_TF,
-            norm_weight_E,
             out_TF,
             num_rows,
             x_TE.stride(0),
             0 if residual_TF is None else residual_TF.stride(0),
-            eps,
-            norm_offset,
             NUM_INPUTS=num_inputs,
             NUM_OUTPUTS=num_outputs,
-            BLOCK_T=max(power_of_two(num_rows), 16),
+            NUM_BLOCKS=-(-num_rows // ROWS),
+            ROWS=ROWS,
             BLOCK_F=tile.block_f,
             BLOCK_E=tile.block_e,
             NUM_WARPS=tile.num_warps,
             HAS_BIAS=bias_G is not None,
             HAS_RESIDUAL=residual_TF is not None,
-            HAS_NORM=norm_weight_E is not None,
             ACTIVATION=activation,
             num_warps=tile.num_warps,
             **launch_options(pdl),
@@ -103,16 +117,28 @@ def load_chunk(
 
 
 @triton.jit
-def load_vector(
-    ptr, CHUNK: tl.constexpr, NUM_INPUTS: tl.constexpr, BLOCK_E: tl.constexpr,
-    NUM_WARPS: tl.constexpr,
-):  # fmt: skip
-    """The same of a vector: [B, 1, C]."""
-    PART: tl.constexpr = BLOCK_E // NUM_WARPS
-    input_BC = (
-        CHUNK * BLOCK_E + tl.arange(0, NUM_WARPS)[:, None] * PART + tl.arange(0, PART)[None, :]
-    )
-    return tl.load(ptr + input_BC, mask=input_BC < NUM_INPUTS, other=0.0)[:, None, :]
+def norm_rows_kernel(
+    x_ptr,
+    weight_ptr,
+    out_ptr,
+    x_stride_t,
+    eps,
+    norm_offset,
+    NUM_INPUTS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One program: the RMS norm of a row (arXiv 1910.07467), rounded once."""
+    row = tl.program_id(0).to(tl.int64)
+    input_E = tl.arange(0, BLOCK_E)
+    inside_E = input_E < NUM_INPUTS
+    weight_E = tl.load(weight_ptr + input_E, mask=inside_E, other=0.0).to(tl.float32) + norm_offset
+    if PDL:
+        wait_for_predecessor()
+    x_E = tl.load(x_ptr + row * x_stride_t + input_E, mask=inside_E, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x_E * x_E, 0) * (1.0 / NUM_INPUTS) + eps)
+    out_E = (x_E * scale * weight_E).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row * NUM_INPUTS + input_E, out_E, mask=inside_E)
 
 
 @triton.jit
@@ -126,29 +152,24 @@ def few_rows_dot_kernel(
     weight_ptr,
     bias_ptr,
     residual_ptr,
-    norm_weight_ptr,
     out_ptr,
     num_rows,
     x_stride_t,
     residual_stride_t,
-    eps,
-    norm_offset,
+    NUM_BLOCKS: tl.constexpr,
+    ROWS: tl.constexpr,
     NUM_INPUTS: tl.constexpr,
     NUM_OUTPUTS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_E: tl.constexpr,
     NUM_WARPS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
-    HAS_NORM: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One program: BLOCK_F outputs of all rows of x."""
+    """One program: BLOCK_F outputs of all rows of x, ROWS at a time."""
     first = tl.program_id(0) * BLOCK_F
-    # Rows behind the last one are computed again, and not stored: a mask would be work for all.
-    row_T = tl.minimum(tl.arange(0, BLOCK_T), num_rows - 1)
     row_F = tl.minimum(tl.arange(0, BLOCK_F), NUM_OUTPUTS - 1 - first)
     column_F = first + row_F
     # In 64 bits: the weight may have more than 2**31 elements.
@@ -177,64 +198,59 @@ def few_rows_dot_kernel(
     if PDL:
         wait_for_predecessor()
 
-    acc_BTF = tl.zeros([NUM_WARPS, BLOCK_T, BLOCK_F], tl.float32)
-    up_BTF = tl.zeros([NUM_WARPS, BLOCK_T, BLOCK_F], tl.float32)
-    square_T = tl.zeros([BLOCK_T], tl.float32)
-    next_BTC = load_chunk(x_ptr, row_T, x_stride_t, 0, NUM_INPUTS, BLOCK_E, NUM_WARPS)
-    if HAS_RESIDUAL:
-        residual_TF = tl.load(residual_ptr + row_T[:, None] * residual_stride_t + column_F[None, :])
-    for chunk in tl.static_range((NUM_INPUTS + BLOCK_E - 1) // BLOCK_E):  # pyright: ignore[reportGeneralTypeIssues]
-        x_BTC = next_BTC
-        if (chunk + 1) * BLOCK_E < NUM_INPUTS:
-            next_BTC = load_chunk(
-                x_ptr, row_T, x_stride_t, chunk + 1, NUM_INPUTS, BLOCK_E, NUM_WARPS
+    for block in tl.static_range(NUM_BLOCKS):  # pyright: ignore[reportGeneralTypeIssues]
+        # Rows behind the last one are computed again, and not stored: a mask would be work for all.
+        token_T = block * ROWS + tl.arange(0, ROWS)
+        row_T = tl.minimum(token_T, num_rows - 1)
+        if HAS_RESIDUAL:
+            residual_TF = tl.load(
+                residual_ptr + row_T[:, None] * residual_stride_t + column_F[None, :]
             )
-        if HAS_NORM:
-            g_B1C = load_vector(norm_weight_ptr, chunk, NUM_INPUTS, BLOCK_E, NUM_WARPS)
-            wide_BTC = x_BTC.to(tl.float32)
-            square_T += tl.sum(tl.sum(wide_BTC * wide_BTC, 2), 0)
-            x_BTC = (wide_BTC * (g_B1C.to(tl.float32) + norm_offset)).to(x_BTC.dtype)
-        if chunk == 0:
-            acc_BTF = multiply(x_BTC, w0_BFC, acc_BTF)
-            if ACTIVATION != "":
-                up_BTF = multiply(x_BTC, up0_BFC, up_BTF)
-        elif chunk == 1:
-            acc_BTF = multiply(x_BTC, w1_BFC, acc_BTF)
-            if ACTIVATION != "":
-                up_BTF = multiply(x_BTC, up1_BFC, up_BTF)
-        elif chunk == 2:
-            acc_BTF = multiply(x_BTC, w2_BFC, acc_BTF)
-            if ACTIVATION != "":
-                up_BTF = multiply(x_BTC, up2_BFC, up_BTF)
-        else:
-            acc_BTF = multiply(x_BTC, w3_BFC, acc_BTF)
-            if ACTIVATION != "":
-                up_BTF = multiply(x_BTC, up3_BFC, up_BTF)
+        acc_BTF = tl.zeros([NUM_WARPS, ROWS, BLOCK_F], tl.float32)
+        up_BTF = tl.zeros([NUM_WARPS, ROWS, BLOCK_F], tl.float32)
+        next_BTC = load_chunk(x_ptr, row_T, x_stride_t, 0, NUM_INPUTS, BLOCK_E, NUM_WARPS)
+        for chunk in tl.static_range((NUM_INPUTS + BLOCK_E - 1) // BLOCK_E):  # pyright: ignore[reportGeneralTypeIssues]
+            x_BTC = next_BTC
+            if (chunk + 1) * BLOCK_E < NUM_INPUTS:
+                next_BTC = load_chunk(
+                    x_ptr, row_T, x_stride_t, chunk + 1, NUM_INPUTS, BLOCK_E, NUM_WARPS
+                )
+            if chunk == 0:
+                acc_BTF = multiply(x_BTC, w0_BFC, acc_BTF)
+                if ACTIVATION != "":
+                    up_BTF = multiply(x_BTC, up0_BFC, up_BTF)
+            elif chunk == 1:
+                acc_BTF = multiply(x_BTC, w1_BFC, acc_BTF)
+                if ACTIVATION != "":
+                    up_BTF = multiply(x_BTC, up1_BFC, up_BTF)
+            elif chunk == 2:
+                acc_BTF = multiply(x_BTC, w2_BFC, acc_BTF)
+                if ACTIVATION != "":
+                    up_BTF = multiply(x_BTC, up2_BFC, up_BTF)
+            else:
+                acc_BTF = multiply(x_BTC, w3_BFC, acc_BTF)
+                if ACTIVATION != "":
+                    up_BTF = multiply(x_BTC, up3_BFC, up_BTF)
 
-    out_TF = tl.sum(acc_BTF, 0)
-    if HAS_NORM:
-        scale_T = tl.rsqrt(square_T * (1.0 / NUM_INPUTS) + eps)
-        out_TF *= scale_T[:, None]
-    if HAS_BIAS:
-        out_TF += bias_F[None, :]
-    if ACTIVATION != "":
-        up_TF = tl.sum(up_BTF, 0)
-        if HAS_NORM:
-            up_TF *= scale_T[:, None]
+        out_TF = tl.sum(acc_BTF, 0)
         if HAS_BIAS:
-            up_TF += up_bias_F[None, :]
-        if ACTIVATION == "silu":
-            out_TF = out_TF / (1.0 + tl.exp(-out_TF)) * up_TF
-        else:
-            # (1 + tanh(u)) / 2 is the logistic function of 2u.
-            twice_u_TF = 1.5957691216057308 * (out_TF + 0.044715 * out_TF * out_TF * out_TF)
-            out_TF = out_TF / (1.0 + tl.exp(-twice_u_TF)) * up_TF
-    if HAS_RESIDUAL:
-        out_TF += residual_TF.to(tl.float32)
-    is_output_TF = (tl.arange(0, BLOCK_T) < num_rows)[:, None]
-    is_output_TF &= (first + tl.arange(0, BLOCK_F) < NUM_OUTPUTS)[None, :]
-    tl.store(
-        out_ptr + row_T[:, None] * NUM_OUTPUTS + column_F[None, :],
-        out_TF.to(out_ptr.dtype.element_ty),
-        mask=is_output_TF,
-    )
+            out_TF += bias_F[None, :]
+        if ACTIVATION != "":
+            up_TF = tl.sum(up_BTF, 0)
+            if HAS_BIAS:
+                up_TF += up_bias_F[None, :]
+            if ACTIVATION == "silu":
+                out_TF = out_TF / (1.0 + tl.exp(-out_TF)) * up_TF
+            else:
+                # (1 + tanh(u)) / 2 is the logistic function of 2u.
+                twice_u_TF = 1.5957691216057308 * (out_TF + 0.044715 * out_TF * out_TF * out_TF)
+                out_TF = out_TF / (1.0 + tl.exp(-twice_u_TF)) * up_TF
+        if HAS_RESIDUAL:
+            out_TF += residual_TF.to(tl.float32)
+        is_output_TF = (token_T < num_rows)[:, None]
+        is_output_TF &= (first + tl.arange(0, BLOCK_F) < NUM_OUTPUTS)[None, :]
+        tl.store(
+            out_ptr + row_T[:, None] * NUM_OUTPUTS + column_F[None, :],
+            out_TF.to(out_ptr.dtype.element_ty),
+            mask=is_output_TF,
+        )

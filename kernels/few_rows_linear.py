@@ -8,7 +8,7 @@ multiprocessors without work. Here a program holds a few whole rows of the weigh
 that all of it is on its way at once, and multiplies them on plain arithmetic units by one row of x
 after another. By reckoning 8 rows take these units as long as reading the weight takes (1.1 us of
 multiply-adds for 4096 x 1024, and about as much around them), so that is the most; from 5 on
-`few_rows_dot` multiplies bfloat16 on tensor cores.
+`few_rows_dot` multiplies 16-bit numbers on tensor cores.
 
 Shapes: T packed tokens, E inputs, F outputs, G rows of the weight (F, or 2F with an activation).
 """
@@ -59,7 +59,7 @@ def few_rows_linear(
 
     Args:
         x_TE: float16, bfloat16 or float32 (on the CPU also float64), on a GPU at most 8 rows
-            of 16,384, bfloat16 also 32 of 4,096.
+            of 16,384, in 16 bits also 32 of 4,096.
         weight_GE: contiguous, dtype of x. `bias_G`, `residual_TF`: of this dtype, too.
         norm_weight_E: weight of an RMS norm of x (arXiv 1910.07467), which `norm_offset` is added
             to (Gemma stores weight - 1) and whose `eps` this is; None for no norm.
@@ -136,10 +136,9 @@ def _cuda(
 
 
 def multiplies_tiles(num_rows: int, num_inputs: int, dtype: torch.dtype) -> bool:
-    """Whether x of this shape goes to the tensor cores. There a row is multiplied by the norm's
-    weight before it is divided by its root mean square: in float16 that could overflow."""
+    """Whether x of this shape goes to the tensor cores."""
     few = PLAIN_ROWS < num_rows <= MAX_DOT_ROWS
-    return few and num_inputs <= MAX_DOT_INPUTS and dtype == torch.bfloat16
+    return few and num_inputs <= MAX_DOT_INPUTS and dtype.itemsize == 2
 
 
 class LinearTile(NamedTuple):
@@ -187,7 +186,7 @@ def few_rows_linear_triton(
     if not in_tiles and (num_rows > MAX_PLAIN_ROWS or num_inputs > MAX_INPUTS):
         raise ValueError(
             f"few_rows_linear takes {MAX_PLAIN_ROWS} rows of {MAX_INPUTS} at most, or "
-            f"{MAX_DOT_ROWS} of {MAX_DOT_INPUTS} in torch.bfloat16, but x has shape "
+            f"{MAX_DOT_ROWS} of {MAX_DOT_INPUTS} in 16 bits, but x has shape "
             f"{tuple(x_TE.shape)} and is {x_TE.dtype}: use linear"
         )
     if x_TE.stride(1) != 1:

@@ -188,22 +188,46 @@ def find_sequence(cu_seqlens_ptr, block, num_seqs, BLOCK_Q: tl.constexpr):
 
 
 @triton.jit
+def search_sequence(cu_seqlens_ptr, block, num_seqs, BLOCK_Q: tl.constexpr):
+    """The same by halves, number by number: for Gluon, in which one warp looks far ahead."""
+    left = num_seqs * 0
+    right = num_seqs
+    # A loop of known length: one step more than needed does no harm.
+    for _ in range(tl.log2(num_seqs.to(tl.float32)).to(tl.int32) + 2):
+        middle = (left + right) // 2
+        is_right = tl.load(cu_seqlens_ptr + middle) // BLOCK_Q + middle <= block
+        is_right &= left < right
+        left = tl.where(is_right, middle + 1, left)
+        right = tl.where(is_right, right, middle)
+    return left - 1
+
+
+@triton.jit
 def find_queries(
     cu_seqlens_ptr, block, num_seqs, LATEST_FIRST: tl.constexpr, BLOCK_Q: tl.constexpr
 ):
-    """Sequence of a block, its first row, its number of queries, and the block's first query.
+    """Sequence of a block, its first row, its number of queries, and the block's first query."""
+    seq = find_sequence(cu_seqlens_ptr, block, num_seqs, BLOCK_Q)
+    q_start, num_queries, first_query = queries_of_block(
+        cu_seqlens_ptr, block, seq, LATEST_FIRST, BLOCK_Q
+    )
+    return seq, q_start, num_queries, first_query
+
+
+@triton.jit
+def queries_of_block(cu_seqlens_ptr, block, seq, LATEST_FIRST: tl.constexpr, BLOCK_Q: tl.constexpr):
+    """First row of a block's sequence, its number of queries, and the block's first query.
 
     LATEST_FIRST turns the blocks of a sequence round: under a causal mask the last queries see most
     keys, and work that starts last should be short. A surplus block begins behind the queries.
     """
-    seq = find_sequence(cu_seqlens_ptr, block, num_seqs, BLOCK_Q)
     q_start = tl.load(cu_seqlens_ptr + seq)
     num_queries = tl.load(cu_seqlens_ptr + seq + 1) - q_start
     index = block - (q_start // BLOCK_Q + seq)
     if LATEST_FIRST:
         num_blocks = tl.cdiv(num_queries, BLOCK_Q)
         index = tl.where(index < num_blocks, num_blocks - 1 - index, index)
-    return seq, q_start, num_queries, index * BLOCK_Q
+    return q_start, num_queries, index * BLOCK_Q
 
 
 @triton.jit

@@ -31,10 +31,11 @@ from minigen.kernels.gluon_import import (
 from minigen.kernels.tiles import (
     HOPPER_SHARED_BYTES,
     LOG2_E,
-    find_queries,
     key_range,
     on_device_of,
     positive_scale,
+    queries_of_block,
+    search_sequence,
     shared_bytes_of,
     whole_tiles,
     window_arguments,
@@ -278,8 +279,10 @@ def range_of_keys(num_queries, first_query, num_keys, window_left, window_right,
 @gluon.jit
 def find_tile(tile, cu_seqlens_q_ptr, key_lengths_ptr, num_seqs, num_slots, sizes: constexpr):
     slot = tile % num_slots
-    seq, q_start, num_queries, first_query = find_queries(
-        cu_seqlens_q_ptr, tile // num_slots, num_seqs, sizes.has_right, sizes.block_q
+    block = tile // num_slots
+    seq = search_sequence(cu_seqlens_q_ptr, block, num_seqs, sizes.block_q)
+    q_start, num_queries, first_query = queries_of_block(
+        cu_seqlens_q_ptr, block, seq, sizes.has_right, sizes.block_q
     )
     if sizes.paged:
         k_start = seq  # whose row of the block table says where its keys are

@@ -197,11 +197,9 @@ def test_few_rows_linear_in_tiles_equals_definition(found: tuple[LinearCase, Dot
     assert_within(out_TF, *linear_reference(case, problem, in_tiles=True))
 
 
-@given(st.integers(1, 300_000), st.integers(1, MAX_DOT_INPUTS), st.booleans())
-def test_tiles_for_tensor_cores_reach_all_inputs(
-    num_outputs: int, num_inputs: int, has_activation: bool
-) -> None:
-    tile = choose_dot_tile(num_outputs, num_inputs, has_activation)
+@given(st.integers(1, MAX_DOT_INPUTS))
+def test_tiles_for_tensor_cores_reach_all_inputs(num_inputs: int) -> None:
+    tile = choose_dot_tile(num_inputs)
     assert MAX_CHUNKS * tile.block_e >= num_inputs
     assert tile.block_e // tile.num_warps >= 16  # what a tensor core takes of the inputs at once
 
@@ -220,8 +218,8 @@ def test_linear_tiles_fit_registers(
 def test_few_rows_linear_refuses_many_rows_and_wide_ones() -> None:
     half, brain = torch.float16, torch.bfloat16
     for shape, dtype in (
-        ((9, 32), half),
-        ((33, 32), brain),
+        ((9, 32), torch.float32),
+        ((33, 32), half),
         ((9, MAX_DOT_INPUTS + 1), brain),
         ((1, MAX_INPUTS + 1), brain),
     ):

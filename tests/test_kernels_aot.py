@@ -19,7 +19,12 @@ from minigen.kernels.backward_tiles import backward_tile_arguments, choose_backw
 from minigen.kernels.checks import Window
 from minigen.kernels.dependent_launch import launch_options
 from minigen.kernels.draw_tokens import choose_kernel, choose_launch, run_bounds_kernel
-from minigen.kernels.few_rows_dot import choose_dot_tile, few_rows_dot_kernel
+from minigen.kernels.few_rows_dot import (
+    ROWS,
+    choose_dot_tile,
+    few_rows_dot_kernel,
+    norm_rows_kernel,
+)
 from minigen.kernels.few_rows_linear import choose_linear_tile, few_rows_linear_kernel
 from minigen.kernels.gluon_import import KNOWN_GLUON
 from minigen.kernels.kv_cache_write import kv_cache_write_kernel
@@ -479,21 +484,19 @@ def test_few_rows_linear(
 def test_few_rows_dot(
     target_name: str, num_outputs: int, num_inputs: int, activation: str, num_rows: int
 ) -> None:
-    if num_rows > 16 and num_inputs > 1024 and target_name in ("sm_86", "gfx942"):
-        pytest.skip("two chunks of 32 rows do not fit its shared memory")
-    tile = choose_dot_tile(num_outputs, num_inputs, activation != "")
+    tile = choose_dot_tile(num_inputs)
     constants = {
+        "NUM_BLOCKS": -(-num_rows // ROWS),
+        "ROWS": ROWS,
         "NUM_INPUTS": num_inputs,
         "NUM_OUTPUTS": num_outputs,
-        "BLOCK_T": max(num_rows, 16),
         "BLOCK_F": tile.block_f,
         "BLOCK_E": tile.block_e,
+        "NUM_WARPS": tile.num_warps,
         "HAS_BIAS": num_inputs == 80,
         "HAS_RESIDUAL": num_outputs < 3072,
-        "HAS_NORM": num_inputs == 1024,
         "ACTIVATION": activation,
         "num_warps": tile.num_warps,
-        "NUM_WARPS": tile.num_warps,
         **launch_options(target_name in ("sm_90", "sm_100")),
     }
     compiled = check(few_rows_dot_kernel, target_name, constants, "bf16", aligned=True)
@@ -501,6 +504,13 @@ def test_few_rows_dot(
         assert (compiled.stack_bytes or 0) == 0
         # Each warp multiplies its part of the inputs by all outputs of the program.
         assert f"warpsPerCTA = [{tile.num_warps}, 1, 1], instrShape" in compiled.ttgir
+
+
+@by_target
+def test_norm_rows(target_name: str) -> None:
+    constants = {"NUM_INPUTS": 3000, "BLOCK_E": 4096, "num_warps": 4}
+    constants |= launch_options(target_name in ("sm_90", "sm_100"))
+    check(norm_rows_kernel, target_name, constants, "bf16")
 
 
 @by_target
