@@ -49,10 +49,14 @@ def prefers_backward_descriptors(queries: int, head_dim: int, capability: tuple[
 
 
 def choose_backward_descriptor_tiles(head_dim: int) -> BackwardTiles:
-    """No tile of these spills on sm_90 (Triton 3.6 and 3.7), and none serialises its products."""
-    if head_dim <= 64:
-        return BackwardTiles(BackwardTile(128, 64, 8, 3), BackwardTile(64, 128, 8, 2))
-    return BackwardTiles(BackwardTile(128, 64, 8, 3), BackwardTile(64, 128, 8, 2))
+    """No tile of these spills on sm_90 (Triton 3.6 and 3.7), and none serialises its products.
+
+    Two programs of 64 keys in 4 warps share a multiprocessor, so that one's exponents are computed
+    while the other multiplies. For queries that would read keys from the L2 twice as often for
+    three products, where keys read queries for four. Reckoned, not timed: `tools/LOG.md`.
+    """
+    stages = 3 if head_dim <= 64 else 2
+    return BackwardTiles(BackwardTile(128, 64, 8, 3), BackwardTile(64, 64, 4, stages))
 
 
 @triton.jit

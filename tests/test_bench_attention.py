@@ -177,3 +177,16 @@ def test_list_compiles_without_a_gpu(
         assert one["registers"] <= 255
         assert one["stack_bytes"] == 0
         assert one["warp_specialized"]
+
+
+def test_list_compiles_both_kernels_of_a_backward(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = bench.CANDIDATES["backward"](bench.Heads(32, 8, 128))[1:2]
+    monkeypatch.setitem(bench.CANDIDATES, "backward", lambda heads: chosen)
+    bench.list_candidates(["backward"])
+    *_, document = capsys.readouterr().out.splitlines()
+    made = json.loads(document)["candidates"]
+    assert len(made) == 2 * len(bench.BACKWARD_TARGETS)
+    assert {one["candidate"].rpartition(": ")[2] for one in made} == {"dq", "dk dv"}
+    assert not any(one["serialised"] or one["stack_bytes"] for one in made)

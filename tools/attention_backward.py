@@ -59,7 +59,7 @@ def backward_candidates(group: int, head_dim: int) -> list[BackwardCandidate]:
     pair = choose_backward_descriptor_tiles(head_dim)
     if head_dim == 64:
         queries = [BackwardTile(128, 64, 4, 2), BackwardTile(128, 128, 8, 2)]
-        keys = [BackwardTile(64, 128, 8, 3), BackwardTile(64, 64, 4, 3)]
+        keys = [BackwardTile(64, 128, 8, 2), BackwardTile(64, 128, 8, 3)]
     else:
         queries = [
             BackwardTile(128, 64, 8, 2),
@@ -69,9 +69,9 @@ def backward_candidates(group: int, head_dim: int) -> list[BackwardCandidate]:
             BackwardTile(64, 64, 4, 2),
         ]
         keys = [
+            BackwardTile(64, 128, 8, 2),
             BackwardTile(64, 128, 8, 3),
             BackwardTile(32, 128, 8, 3),
-            BackwardTile(64, 64, 4, 2),
             BackwardTile(32, 64, 4, 4),
         ]
     tried = [

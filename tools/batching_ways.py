@@ -20,6 +20,19 @@ BLOCK_SIZE = 16
 Compile = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
 
 
+def without_coalescing() -> dict[str, bool]:
+    """Inductor's settings without its analysis of coalesced access, where it has one.
+
+    The analysis chooses the tiles of kernels, but not yet for dynamic sizes, and fails on those of
+    a rectangle, a product of sums (torch 2.11 on a GPU, pytorch issue 181563: an assertion in
+    `get_pw_red_splits`). Without it Inductor chooses as it did before there was one.
+    """
+    from torch._inductor import config
+
+    name = "coalesce_tiling_analysis"
+    return {f"triton.{name}": False} if hasattr(config.triton, name) else {}
+
+
 def groups_of(lengths: Sequence[int]) -> list[list[int]]:
     """Indices by length, those between two powers of two together, shortest first."""
     groups: dict[int, list[int]] = {}

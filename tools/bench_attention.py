@@ -693,7 +693,7 @@ def list_candidates(sections: list[str]) -> None:
     for section in sections:
         for heads in heads_of(section):
             for candidate in CANDIDATES[section](heads):
-                if candidate.num_splits:  # one kernel for any number of them
+                if section != "backward" and candidate.num_splits:  # one kernel for any number
                     continue
                 for part, (kernel, constants) in kernels_of(section, heads, candidate).items():
                     strides = [name for name in kernel.arg_names if name.endswith(("_t", "_h"))]

@@ -45,7 +45,7 @@ from minigen.report import print_document, table
 from minigen.train_options import number
 from minigen.workloads import read_trace
 from tools import padded
-from tools.batching_ways import WAYS, Compile, Flat, Way
+from tools.batching_ways import WAYS, Compile, Flat, Way, without_coalescing
 from tools.common import Plot, bars, model_config, parser, run, tokens_of
 from tools.memory import OUT_OF_MEMORY, extra_memory, is_out_of_memory, release
 from tools.training_ways import TRAINING_WAYS, WORDS, StepComparison, StepModels, StepOptions
@@ -109,7 +109,8 @@ def compiler(mode: str) -> Compile:
     """Wraps a function by torch.compile, sizes dynamic; "eager" leaves it as it is."""
     if mode == "eager":
         return as_it_is
-    return lambda function: torch.compile(function, dynamic=True)
+    options: dict[str, Any] = {**without_coalescing()}
+    return lambda function: torch.compile(function, dynamic=True, options=options or None)
 
 
 def has_backward(device: torch.device) -> bool:

@@ -26,7 +26,7 @@ from minigen.measure import synchronize
 from minigen.model import Attention, Block, Decoder, packed_layer
 from minigen.trainer import Layer, Schedule, Trainer, TrainingModel
 from tools import padded
-from tools.batching_ways import groups_of
+from tools.batching_ways import groups_of, without_coalescing
 from tools.memory import (
     OUT_OF_MEMORY,
     extra_memory,
@@ -135,19 +135,6 @@ class UnpaddedModel(TrainingModel):
         return super().hidden(tokens_T, positions_T, cu_seqlens_S1, real_T)
 
 
-def without_coalescing() -> dict[str, bool]:
-    """Inductor's settings without its analysis of coalesced access, where it has one.
-
-    The analysis chooses the tiles of pointwise kernels. On a GPU it fails for the layer that unpads
-    (torch 2.11, dynamic sizes: an assertion in `tiling_utils.get_pw_red_splits`); without it
-    Inductor chooses them as it did before there was one.
-    """
-    from torch._inductor import config
-
-    name = "coalesce_tiling_analysis"
-    return {f"triton.{name}": False} if hasattr(config.triton, name) else {}
-
-
 @dataclass(frozen=True)
 class TrainingWay:
     """How a step's samples become micro-batches, and which layer runs them.
@@ -187,8 +174,8 @@ class TrainingWay:
         return made
 
 
-PADDED = TrainingWay("padded", padded_layer)
-GROUPED = TrainingWay("grouped", padded_layer, groups=groups_of)
+PADDED = TrainingWay("padded", padded_layer, layer_options=without_coalescing)
+GROUPED = TrainingWay("grouped", padded_layer, groups=groups_of, layer_options=without_coalescing)
 UNPADDED = TrainingWay("unpadded", unpadded_layer, UnpaddedModel, layer_options=without_coalescing)
 FLAT = TrainingWay("flat", packed_layer)
 TRAINING_WAYS = (PADDED, GROUPED, UNPADDED, FLAT)
