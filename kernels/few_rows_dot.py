@@ -20,10 +20,9 @@ from minigen.kernels.dependent_launch import launch_options, wait_for_predecesso
 from minigen.kernels.tiles import on_device_of, power_of_two
 from minigen.kernels.triton_import import tl, triton
 
-ROWS = 16  # of x at a time: as many as a tensor core takes
-MAX_DOT_ROWS = 2 * ROWS
-MAX_CHUNKS = 4
-MAX_DOT_INPUTS = 4096
+MAX_DOT_ROWS = 16  # as many as a tensor core takes at a time
+MAX_CHUNKS = 4  # whose weights the kernel names
+MAX_DOT_INPUTS = MAX_CHUNKS * 1024
 
 
 class DotTile(NamedTuple):
@@ -86,8 +85,7 @@ def few_rows_dot_triton(
             0 if residual_TF is None else residual_TF.stride(0),
             NUM_INPUTS=num_inputs,
             NUM_OUTPUTS=num_outputs,
-            NUM_BLOCKS=-(-num_rows // ROWS),
-            ROWS=ROWS,
+            BLOCK_T=MAX_DOT_ROWS,
             BLOCK_F=tile.block_f,
             BLOCK_E=tile.block_e,
             NUM_WARPS=tile.num_warps,
@@ -156,8 +154,7 @@ def few_rows_dot_kernel(
     num_rows,
     x_stride_t,
     residual_stride_t,
-    NUM_BLOCKS: tl.constexpr,
-    ROWS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     NUM_INPUTS: tl.constexpr,
     NUM_OUTPUTS: tl.constexpr,
     BLOCK_F: tl.constexpr,
@@ -168,7 +165,7 @@ def few_rows_dot_kernel(
     ACTIVATION: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One program: BLOCK_F outputs of all rows of x, ROWS at a time."""
+    """One program: BLOCK_F outputs of all rows of x."""
     first = tl.program_id(0) * BLOCK_F
     row_F = tl.minimum(tl.arange(0, BLOCK_F), NUM_OUTPUTS - 1 - first)
     column_F = first + row_F
@@ -198,59 +195,56 @@ def few_rows_dot_kernel(
     if PDL:
         wait_for_predecessor()
 
-    for block in tl.static_range(NUM_BLOCKS):  # pyright: ignore[reportGeneralTypeIssues]
-        # Rows behind the last one are computed again, and not stored: a mask would be work for all.
-        token_T = block * ROWS + tl.arange(0, ROWS)
-        row_T = tl.minimum(token_T, num_rows - 1)
-        if HAS_RESIDUAL:
-            residual_TF = tl.load(
-                residual_ptr + row_T[:, None] * residual_stride_t + column_F[None, :]
+    # Rows behind the last one are computed again, and not stored: a mask would be work for all.
+    token_T = tl.arange(0, BLOCK_T)
+    row_T = tl.minimum(token_T, num_rows - 1)
+    if HAS_RESIDUAL:
+        residual_TF = tl.load(residual_ptr + row_T[:, None] * residual_stride_t + column_F[None, :])
+    acc_BTF = tl.zeros([NUM_WARPS, BLOCK_T, BLOCK_F], tl.float32)
+    up_BTF = tl.zeros([NUM_WARPS, BLOCK_T, BLOCK_F], tl.float32)
+    next_BTC = load_chunk(x_ptr, row_T, x_stride_t, 0, NUM_INPUTS, BLOCK_E, NUM_WARPS)
+    for chunk in tl.static_range((NUM_INPUTS + BLOCK_E - 1) // BLOCK_E):  # pyright: ignore[reportGeneralTypeIssues]
+        x_BTC = next_BTC
+        if (chunk + 1) * BLOCK_E < NUM_INPUTS:
+            next_BTC = load_chunk(
+                x_ptr, row_T, x_stride_t, chunk + 1, NUM_INPUTS, BLOCK_E, NUM_WARPS
             )
-        acc_BTF = tl.zeros([NUM_WARPS, ROWS, BLOCK_F], tl.float32)
-        up_BTF = tl.zeros([NUM_WARPS, ROWS, BLOCK_F], tl.float32)
-        next_BTC = load_chunk(x_ptr, row_T, x_stride_t, 0, NUM_INPUTS, BLOCK_E, NUM_WARPS)
-        for chunk in tl.static_range((NUM_INPUTS + BLOCK_E - 1) // BLOCK_E):  # pyright: ignore[reportGeneralTypeIssues]
-            x_BTC = next_BTC
-            if (chunk + 1) * BLOCK_E < NUM_INPUTS:
-                next_BTC = load_chunk(
-                    x_ptr, row_T, x_stride_t, chunk + 1, NUM_INPUTS, BLOCK_E, NUM_WARPS
-                )
-            if chunk == 0:
-                acc_BTF = multiply(x_BTC, w0_BFC, acc_BTF)
-                if ACTIVATION != "":
-                    up_BTF = multiply(x_BTC, up0_BFC, up_BTF)
-            elif chunk == 1:
-                acc_BTF = multiply(x_BTC, w1_BFC, acc_BTF)
-                if ACTIVATION != "":
-                    up_BTF = multiply(x_BTC, up1_BFC, up_BTF)
-            elif chunk == 2:
-                acc_BTF = multiply(x_BTC, w2_BFC, acc_BTF)
-                if ACTIVATION != "":
-                    up_BTF = multiply(x_BTC, up2_BFC, up_BTF)
-            else:
-                acc_BTF = multiply(x_BTC, w3_BFC, acc_BTF)
-                if ACTIVATION != "":
-                    up_BTF = multiply(x_BTC, up3_BFC, up_BTF)
+        if chunk == 0:
+            acc_BTF = multiply(x_BTC, w0_BFC, acc_BTF)
+            if ACTIVATION != "":
+                up_BTF = multiply(x_BTC, up0_BFC, up_BTF)
+        elif chunk == 1:
+            acc_BTF = multiply(x_BTC, w1_BFC, acc_BTF)
+            if ACTIVATION != "":
+                up_BTF = multiply(x_BTC, up1_BFC, up_BTF)
+        elif chunk == 2:
+            acc_BTF = multiply(x_BTC, w2_BFC, acc_BTF)
+            if ACTIVATION != "":
+                up_BTF = multiply(x_BTC, up2_BFC, up_BTF)
+        else:
+            acc_BTF = multiply(x_BTC, w3_BFC, acc_BTF)
+            if ACTIVATION != "":
+                up_BTF = multiply(x_BTC, up3_BFC, up_BTF)
 
-        out_TF = tl.sum(acc_BTF, 0)
+    out_TF = tl.sum(acc_BTF, 0)
+    if HAS_BIAS:
+        out_TF += bias_F[None, :]
+    if ACTIVATION != "":
+        up_TF = tl.sum(up_BTF, 0)
         if HAS_BIAS:
-            out_TF += bias_F[None, :]
-        if ACTIVATION != "":
-            up_TF = tl.sum(up_BTF, 0)
-            if HAS_BIAS:
-                up_TF += up_bias_F[None, :]
-            if ACTIVATION == "silu":
-                out_TF = out_TF / (1.0 + tl.exp(-out_TF)) * up_TF
-            else:
-                # (1 + tanh(u)) / 2 is the logistic function of 2u.
-                twice_u_TF = 1.5957691216057308 * (out_TF + 0.044715 * out_TF * out_TF * out_TF)
-                out_TF = out_TF / (1.0 + tl.exp(-twice_u_TF)) * up_TF
-        if HAS_RESIDUAL:
-            out_TF += residual_TF.to(tl.float32)
-        is_output_TF = (token_T < num_rows)[:, None]
-        is_output_TF &= (first + tl.arange(0, BLOCK_F) < NUM_OUTPUTS)[None, :]
-        tl.store(
-            out_ptr + row_T[:, None] * NUM_OUTPUTS + column_F[None, :],
-            out_TF.to(out_ptr.dtype.element_ty),
-            mask=is_output_TF,
-        )
+            up_TF += up_bias_F[None, :]
+        if ACTIVATION == "silu":
+            out_TF = out_TF / (1.0 + tl.exp(-out_TF)) * up_TF
+        else:
+            # (1 + tanh(u)) / 2 is the logistic function of 2u.
+            twice_u_TF = 1.5957691216057308 * (out_TF + 0.044715 * out_TF * out_TF * out_TF)
+            out_TF = out_TF / (1.0 + tl.exp(-twice_u_TF)) * up_TF
+    if HAS_RESIDUAL:
+        out_TF += residual_TF.to(tl.float32)
+    is_output_TF = (token_T < num_rows)[:, None]
+    is_output_TF &= (first + tl.arange(0, BLOCK_F) < NUM_OUTPUTS)[None, :]
+    tl.store(
+        out_ptr + row_T[:, None] * NUM_OUTPUTS + column_F[None, :],
+        out_TF.to(out_ptr.dtype.element_ty),
+        mask=is_output_TF,
+    )

@@ -59,7 +59,7 @@ def few_rows_linear(
 
     Args:
         x_TE: float16, bfloat16 or float32 (on the CPU also float64), on a GPU at most 8 rows
-            of 16,384, in 16 bits also 32 of 4,096.
+            of 16,384, in 16 bits also 16 of 4,096.
         weight_GE: contiguous, dtype of x. `bias_G`, `residual_TF`: of this dtype, too.
         norm_weight_E: weight of an RMS norm of x (arXiv 1910.07467), which `norm_offset` is added
             to (Gemma stores weight - 1) and whose `eps` this is; None for no norm.

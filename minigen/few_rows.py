@@ -15,9 +15,10 @@ from minigen.model import Block, DecoderConfig, LayerKV
 
 # How the kernel names what config.json calls so.
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-# The four linear layers of Qwen3-0.6B with what is around them take 17 and 21 us at 2 and 4 rows,
-# cuBLAS's products alone 28 (H200).
-MAX_ROWS = 32
+# The four linear layers of Qwen3-0.6B with what is around them take 16, 20, 23 and 24 us at 2, 4, 8
+# and 16 rows, cuBLAS's products with Inductor's kernels 33, 37, 31 and 31. With a second tile of
+# rows at 24 it is 35 and 32 (H200).
+MAX_ROWS = 16
 
 
 def serves_few_rows(

@@ -33,7 +33,14 @@ from minigen.graphs import (
     StepGraphs,
 )
 from minigen.kernels import native
-from minigen.model import Block, Decoder, DecoderConfig, PagedKV, packed_layer
+from minigen.model import (
+    Block,
+    Decoder,
+    DecoderConfig,
+    PagedKV,
+    closing_norm,
+    open_layer,
+)
 from minigen.sampling import (
     Row,
     RowBatch,
@@ -175,8 +182,8 @@ class Runner:
         self._hidden: Callable[..., Tensor] = self._hidden_step
         self._head: Callable[..., Tensor] = self._head_step
         self._begin: Callable[..., tuple[Tensor, ...]] = self._begin_step
-        self._layer: Callable[..., Tensor] = packed_layer
-        self._norm: Callable[[Tensor], Tensor] = self.model.norm
+        self._layer: Callable[..., tuple[Tensor, Tensor]] = open_layer
+        self._norm: Callable[..., Tensor] = closing_norm
         self._kinds = kinds_of_layers(config)
         self._graphs: StepGraphs | None = None
         if decode_graphs or (
@@ -232,13 +239,17 @@ class Runner:
         """
         x_TE, cos_TR, sin_TR = self._begin(tokens_T, token_rows_T, positions_T)
         few = serves_few_rows(self.model.config, len(tokens_T), self.device, x_TE.dtype)
-        layer = few_rows_layer if few else self._layer
         kv = PagedKV(self.caches, slots_T, kv_lens_S, block_table_SW)
+        out_TE = torch.zeros_like(x_TE)
         for i in range(len(self.model.blocks)) if layers is None else layers:
             block = self.model.blocks[i]
             assert isinstance(block, Block)
-            x_TE = layer(block, x_TE, cos_TR, sin_TR, cu_seqlens_S1, kv.layer(i))
-        return self._norm(x_TE)
+            step = cos_TR, sin_TR, cu_seqlens_S1, kv.layer(i)
+            if few:
+                x_TE = few_rows_layer(block, x_TE, *step)
+            else:
+                x_TE, out_TE = self._layer(block, x_TE, out_TE, *step)
+        return self._norm(self.model.norm, x_TE, out_TE)
 
     def _launch_each_kernel(self, *inputs: Tensor) -> Tensor:
         """A step without the layers that launch what others have launched; its result is none."""
@@ -343,8 +354,8 @@ class Runner:
     def _compile_layer(self, step: StepTensors) -> Tensor:
         """Compiles what `_hidden_by_layer` calls, and runs it on a null step."""
         begin = torch.compile(self._begin_step, fullgraph=True)
-        layer = torch.compile(packed_layer, fullgraph=True)
-        norm = torch.compile(self.model.norm.forward, fullgraph=True)
+        layer = torch.compile(open_layer, fullgraph=True)
+        norm = torch.compile(closing_norm, fullgraph=True)
 
         def mark(*tensors: Tensor) -> None:
             for tensor in tensors:
@@ -353,12 +364,15 @@ class Runner:
         x_TE, cos_TR, sin_TR = begin(step.tokens_T, step.token_rows_T, step.positions_T)
         mark(cos_TR, sin_TR)
         kv = PagedKV(self.caches, step.slots_T, step.kv_lens_S, step.block_table_SW)
+        out_TE = torch.zeros_like(x_TE)
         for i, block in enumerate(self.model.blocks):
             assert isinstance(block, Block)
-            mark(x_TE)
-            x_TE = layer(block, x_TE, cos_TR, sin_TR, step.cu_seqlens_S1, kv.layer(i))
-        mark(x_TE)
-        hidden_TE = norm(x_TE)
+            mark(x_TE, out_TE)
+            x_TE, out_TE = layer(
+                block, x_TE, out_TE, cos_TR, sin_TR, step.cu_seqlens_S1, kv.layer(i)
+            )
+        mark(x_TE, out_TE)
+        hidden_TE = norm(self.model.norm, x_TE, out_TE)
         self._begin, self._layer, self._norm = begin, layer, norm
         return hidden_TE
 

@@ -20,7 +20,7 @@ from minigen.kernels.checks import Window
 from minigen.kernels.dependent_launch import launch_options
 from minigen.kernels.draw_tokens import choose_kernel, choose_launch, run_bounds_kernel
 from minigen.kernels.few_rows_dot import (
-    ROWS,
+    MAX_DOT_ROWS,
     choose_dot_tile,
     few_rows_dot_kernel,
     norm_rows_kernel,
@@ -476,18 +476,14 @@ def test_few_rows_linear(
 
 
 @by_target
-@pytest.mark.parametrize("num_rows", [8, 32])
 @pytest.mark.parametrize(
     ("num_outputs", "num_inputs", "activation"),
     [(4096, 1024, ""), (1024, 3072, ""), (3072, 1024, "silu"), (100, 80, "")],
 )
-def test_few_rows_dot(
-    target_name: str, num_outputs: int, num_inputs: int, activation: str, num_rows: int
-) -> None:
+def test_few_rows_dot(target_name: str, num_outputs: int, num_inputs: int, activation: str) -> None:
     tile = choose_dot_tile(num_inputs)
     constants = {
-        "NUM_BLOCKS": -(-num_rows // ROWS),
-        "ROWS": ROWS,
+        "BLOCK_T": MAX_DOT_ROWS,
         "NUM_INPUTS": num_inputs,
         "NUM_OUTPUTS": num_outputs,
         "BLOCK_F": tile.block_f,
