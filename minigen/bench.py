@@ -769,6 +769,8 @@ def _requests_table(document: dict[str, Any]) -> str:
         lines.append([f"output tokens/s, {document['rival']['name']}", rival["output_tokens_s"]])
     names = {
         "step_ms": "step, ms",
+        "prompt_step_ms": "a step with prompts, ms",
+        "decode_step_ms": "a step without, ms",
         "host_ms": "host work a step, ms",
         "launch_ms": "calls of the step's functions, ms",
         "wait_ms": "waiting for the device, ms",

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from minigen.buffers import StepBuffers
+from minigen.buffers import HostCopies, StepBuffers
 from minigen.sampling import SamplingTensors
 from minigen.step import StepSize, StepTensors
 
@@ -99,6 +99,7 @@ class StepGraphs:
         # A capture in the midst of serving stalls every request for about a tenth of a second, and
         # the longest sequence of a batch decides, so that no narrower graph would serve for long.
         self._usual_width = min(width_for(max_num_blocks), USUAL_WIDTH)
+        self._hosts = HostCopies(device)
         self._buffers: dict[StepSize, StepBuffers] = {}
         self._graphs: dict[tuple[StepSize, str], Captured] = {}
         # Graphs share the memory of their pool only if all are captured on the same stream.
@@ -143,7 +144,7 @@ class StepGraphs:
         capture would draw a real step's tokens twice. Raises CaptureError.
         """
         if size not in self._buffers:
-            self._buffers[size] = StepBuffers(size, self._device)
+            self._buffers[size] = StepBuffers(size, self._device, self._hosts)
         if self._device.type == "cuda" and (size, head) not in self._graphs:
             try:
                 self._graphs[size, head] = self._capture(size, head)

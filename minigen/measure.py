@@ -272,12 +272,23 @@ def step_report(
         tokens = step.prompt_tokens + step.output_tokens
         least += max(cost.weight_bytes / limits.bytes_s, tokens * cost.linear_flop / limits.flop_s)
     read = len(steps) * cost.weight_bytes + cache_bytes
+    prompts = [step.seconds for step in steps if step.prompt_tokens]
+    others = [step.seconds for step in steps if not step.prompt_tokens]
+    kinds = {}
+    if prompts and others:  # what a token waits for while prompts are computed, and else
+        kinds = {
+            "num_prompt_steps": len(prompts),
+            "prompt_steps_s": sum(prompts),
+            "prompt_step_ms": percentiles(prompts, 1e3),
+            "decode_step_ms": percentiles(others, 1e3),
+        }
     return {
         "num_steps": len(steps),
         "step_ms": percentiles([step.seconds for step in steps], 1e3),
         "host_ms": percentiles([step.host_seconds for step in steps], 1e3),
         "launch_ms": percentiles([step.launch_seconds for step in steps], 1e3),
         "wait_ms": percentiles([step.wait_seconds for step in steps], 1e3),
+        **kinds,
         "gb_s": read / total / 1e9,
         "share_of_limit": least / total,
     }

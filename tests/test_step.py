@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from minigen.buffers import HostCopies, StepBuffers
 from minigen.cache import BlockPool
 from minigen.scheduler import Chunk, Scheduler, Sequence
 from minigen.step import StepSize, StepWriter
@@ -86,3 +87,27 @@ def test_a_written_step_is_the_schedulers(seed: int, overlap: bool, padding: int
                     sequence.tokens.append(rng.randrange(3))
                     if len(sequence.tokens) == sequence.max_length:
                         scheduler.finish(sequence)
+
+
+def test_steps_of_all_sizes_fill_two_pieces_by_turns() -> None:
+    """A step's bytes stay as they are while the next one, of another size, is written."""
+    cpu = torch.device("cpu")
+    hosts = HostCopies(cpu)
+    sizes = [StepSize(2, 2, 2, 64), StepSize(40, 9, 9, 64), StepSize(2, 2, 2, 64)]
+    small, large, _ = buffers = [StepBuffers(size, cpu, hosts) for size in sizes]
+    for round_ in range(3):
+        first, second = small.host(), large.host()
+        first.step["tokens_T"][:], second.step["tokens_T"][:] = round_ + 1, -round_ - 1
+        small.upload(first)
+        large.upload(second)
+        assert small.step.tokens_T.tolist() == [round_ + 1] * 2
+        assert large.step.tokens_T.tolist() == [-round_ - 1] * 40
+        assert first.whole.data_ptr() != second.whole.data_ptr()
+    pieces = {buffer.host().whole.data_ptr() for buffer in buffers}
+    assert len(pieces) == 2
+    hosts.reserve(1 << 20)  # a larger size appears while others are known
+    host = small.host()
+    host.step["tokens_T"][:] = 7
+    small.upload(host)
+    assert small.step.tokens_T.tolist() == [7, 7]
+    assert host.whole.data_ptr() not in pieces
