@@ -481,6 +481,22 @@ LEAK_CASE = Case(
 )
 
 
+@pytest.mark.parametrize("num_splits", [None, 1, 3])
+def test_prompts_beside_decoding_sequences(num_splits: int | None) -> None:
+    """Two launches, each of which leaves the other's rows alone; null sequences between them."""
+    case = dataclasses.replace(
+        LEAK_CASE,
+        q_lens=(5, 1, 0, 1, 34, 1, 0),
+        kv_lens=(9, 40, 0, 1, 34, 77, 3),
+        num_heads=2,
+        num_kv_heads=1,
+        causal=True,
+    )
+    qkv = make_qkv(case, DEVICE)
+    expected = reference(case, *qkv)
+    assert_within(run_paged(case, qkv, num_splits), expected.out_THD, expected.out_error_THD)
+
+
 def first_rows(
     lengths: tuple[int, ...], qkv: Sequence[Tensor], descriptors: bool = False
 ) -> Tensor:
