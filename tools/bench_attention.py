@@ -41,9 +41,11 @@ from torch import Tensor
 from minigen.kernels import paged_attention, varlen_attention
 from minigen.kernels.checks import Window
 from minigen.kernels.dependent_launch import launch_options
+from minigen.kernels.gluon_import import KNOWN_GLUON
 from minigen.kernels.paged_attention import paged_attention_kernel, paged_attention_triton
 from minigen.kernels.tiles import Tile, score_arguments, tile_arguments, window_arguments
 from minigen.kernels.varlen_attention import varlen_attention_kernel, varlen_attention_triton
+from minigen.kernels.varlen_attention_gluon import DEFAULT_TILE, SHORT_TILE, GluonTile, Sizes
 from minigen.kernels.varlen_attention_tma import varlen_attention_tma_kernel
 from tools.attention_backward import (
     BackwardCandidate,
@@ -86,11 +88,13 @@ class Heads(NamedTuple):
 class Candidate(NamedTuple):
     """One way to compile an attention kernel."""
 
-    tile: Tile
+    tile: Tile | GluonTile
     descriptors: bool = False
     num_splits: int | None = None
 
     def __str__(self) -> str:
+        if isinstance(self.tile, GluonTile):
+            return f"gluon 128x{self.tile.block_n} s{self.tile.stages}"
         m, q, n, _, warps, stages, mask_all, registers = self.tile
         words = [f"{m}x{n}", f"w{warps}", f"s{stages}"]
         words += ["packed"] if q < m else []
@@ -103,7 +107,10 @@ class Candidate(NamedTuple):
 
     @property
     def specialised(self) -> bool:
-        return self.descriptors and self.tile.num_warps == 4 and self.tile.block_q >= 128
+        tile = self.tile
+        if isinstance(tile, GluonTile) or not self.descriptors:
+            return False
+        return tile.num_warps == 4 and tile.block_q >= 128
 
 
 RIVALS = ("FA2", "cuDNN")
@@ -115,6 +122,12 @@ AnyCandidate = Candidate | BackwardCandidate
 
 def name_of(candidate: AnyCandidate | None) -> str:
     return CHOSEN if candidate is None else str(candidate)
+
+
+def gluon_candidates(heads: Heads) -> list[Candidate]:
+    """Large tiles and small ones; of heads of 64 as many in flight as of small ones."""
+    large = DEFAULT_TILE if heads.dim == 128 else DEFAULT_TILE._replace(stages=4)
+    return [Candidate(tile) for tile in (large, SHORT_TILE) if KNOWN_GLUON]
 
 
 def varlen_candidates(heads: Heads) -> list[Candidate]:
@@ -148,6 +161,7 @@ def varlen_candidates(heads: Heads) -> list[Candidate]:
             Candidate(tile(128, 64, 8, 2, 128, packed=False), True),
             Candidate(tile(128, 32, 8, 4), True),
         ]
+    found += gluon_candidates(heads)
     # Specialised warps.
     stages = [(128, 2), (128, 3), (64, 3)] if dim == 64 else [(128, 2), (64, 3), (64, 4)]
     return found + [Candidate(tile(128, n, 4, count, packed=False), True) for n, count in stages]
@@ -186,6 +200,7 @@ def prefill_candidates(heads: Heads) -> list[Candidate]:
         Candidate(tile(128, 64, 8, 3, 128)),
         Candidate(tile(128, 32, 8, 5, 128)),
         Candidate(tile(128, 32, 8, 7, 128)),
+        *gluon_candidates(heads),
     ]
 
 
@@ -685,7 +700,7 @@ def heads_of(section: str) -> list[Heads]:
 
 
 def list_candidates(sections: list[str]) -> None:
-    from tools.compile_ahead import compile_ahead
+    from tools.compile_ahead import compile_ahead, compile_gluon_ahead
 
     documents = []
     header = f"{'section':9}{'heads':11}{'candidate':48}{'registers':>10}{'stack':>7}{'shared':>9}"
@@ -696,8 +711,11 @@ def list_candidates(sections: list[str]) -> None:
                 if section != "backward" and candidate.num_splits:  # one kernel for any number
                     continue
                 for part, (kernel, constants) in kernels_of(section, heads, candidate).items():
-                    strides = [name for name in kernel.arg_names if name.endswith(("_t", "_h"))]
-                    made = compile_ahead(kernel, constants, "bf16", aligned=strides)
+                    if isinstance(kernel, Sizes):
+                        made = compile_gluon_ahead(kernel, "bf16")
+                    else:
+                        strides = [name for name in kernel.arg_names if name.endswith(("_t", "_h"))]
+                        made = compile_ahead(kernel, constants, "bf16", aligned=strides)
                     name = f"{candidate}{part and ': '}{part}"
                     print(
                         f"{section:9}{heads!s:11}{name:48}{made.registers or '-':>10}"
@@ -715,18 +733,27 @@ def list_candidates(sections: list[str]) -> None:
 
 
 def kernels_of(section: str, heads: Heads, candidate: Any) -> dict[str, tuple[Any, dict[str, Any]]]:
-    """A candidate's kernels and their constants, by what they write; "" is all there is."""
+    """A candidate's kernels and their constants, by what they write; "" is all there is.
+
+    The kernel in Gluon is compiled with its `Sizes`, which stand for it.
+    """
+    group = heads.query // heads.key
     if section == "backward":
-        return backward_kernels(candidate, heads.query // heads.key, heads.dim)
-    return {"": kernel_of(section, heads, candidate)}
+        return backward_kernels(candidate, group, heads.dim)
+    if isinstance(candidate.tile, GluonTile):
+        has_left, has_right, paged = False, True, section != "varlen"
+        return {"": (Sizes(heads.dim, group, *candidate.tile, has_left, has_right, paged), {})}
+    return {"": kernel_of(section, heads, candidate.tile, candidate.descriptors)}
 
 
-def kernel_of(section: str, heads: Heads, candidate: Candidate) -> tuple[Any, dict[str, Any]]:
+def kernel_of(
+    section: str, heads: Heads, tile: Tile, descriptors: bool
+) -> tuple[Any, dict[str, Any]]:
     """The kernel of a candidate and its constants."""
     group = heads.query // heads.key
-    packed = group if candidate.tile.block_q < candidate.tile.block_m else 1
+    packed = group if tile.block_q < tile.block_m else 1
     constants = {
-        **tile_arguments(candidate.tile, packed, heads.dim),
+        **tile_arguments(tile, packed, heads.dim),
         **window_arguments(CAUSAL),
         **score_arguments(heads.dim**-0.5, 0.0),
     }
@@ -742,9 +769,11 @@ def kernel_of(section: str, heads: Heads, candidate: Candidate) -> tuple[Any, di
         }
         return paged_attention_kernel, constants | cache
     constants["SLOTS_A_KEY_HEAD"] = group // packed
-    if not candidate.descriptors:
+    if not descriptors:
         return varlen_attention_kernel, constants
-    return varlen_attention_tma_kernel, constants | {"WARP_SPECIALIZE": candidate.specialised}
+    return varlen_attention_tma_kernel, constants | {
+        "WARP_SPECIALIZE": Candidate(tile, True).specialised
+    }
 
 
 def main() -> None:
