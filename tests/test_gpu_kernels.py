@@ -302,19 +302,20 @@ def sees_gluon(operation: str) -> Iterator[mock.Mock]:
 def steps(draw: st.DrawFn, group: int) -> Case:
     """A step of prompts, chunks, decoding sequences and null sequences: 64 queries each on average,
     as many as Gluon is chosen for."""
-    lengths = st.sampled_from((0, 1, 1, 2, 63, 64, 65, 127, 128, 129)) | st.integers(0, MAX_LEN)
-    q_lens = draw(st.lists(lengths, min_size=1, max_size=8))
-    missing = 64 * (len(q_lens) + 1) - sum(q_lens)
-    q_lens.insert(draw(st.integers(0, len(q_lens))), max(missing, 2) + draw(st.integers(0, 64)))
-    # A null sequence has no keys: it has one query in a step that decodes, else none.
-    more = st.sampled_from((0, 0, 1, 63, 64, 65, 300)) | st.integers(0, MAX_LEN)
-    kv_lens = tuple(
-        0 if n <= 1 and draw(st.booleans()) else n + (draw(more) if n else 0) for n in q_lens
-    )
+    lengths = st.sampled_from((2, 63, 64, 65, 127, 128, 129)) | st.integers(1, MAX_LEN)
+    cached = st.sampled_from((0, 0, 1, 63, 64, 65, 300)) | st.integers(0, MAX_LEN)
+    pairs = [(n, n + draw(cached)) for n in draw(st.lists(lengths, min_size=1, max_size=5))]
+    pairs += [(1, 1 + draw(cached)) for _ in range(draw(st.integers(0, 4)))]
+    # A null sequence has no keys, and one query where a step decodes, else none.
+    pairs += [(draw(st.integers(0, 1)), 0) for _ in range(draw(st.integers(0, 3)))]
+    missing = 64 * (len(pairs) + 1) - sum(n for n, _ in pairs)
+    longest = max(missing, 2) + draw(st.integers(0, 64))
+    pairs.append((longest, longest + draw(cached)))
+    q_lens, kv_lens = zip(*draw(st.permutations(pairs)), strict=True)
     num_kv_heads = draw(st.sampled_from([1, 2]))
     window = draw(st.sampled_from([None, None, 1, 64, 100, 300]))
     return Case(
-        q_lens=tuple(q_lens),
+        q_lens=q_lens,
         kv_lens=kv_lens,
         num_heads=num_kv_heads * group,
         num_kv_heads=num_kv_heads,
@@ -397,6 +398,25 @@ def test_long_prompts_take_large_tiles_in_gluon() -> None:
     tiles = [seen.call_args.kwargs["tile"] for seen in (launched, launched_packed)]
     assert tiles == [DEFAULT_TILE, DEFAULT_TILE]
     assert_within(paged_THD, expected.out_THD, expected.out_error_THD)
+    assert_within(out_THD, expected.out_THD, expected.out_error_THD)
+
+
+@needs_gluon
+@pytest.mark.parametrize("skips_one", [False, True])
+def test_sequences_of_one_query_can_be_left_to_another_launch(skips_one: bool) -> None:
+    case = dataclasses.replace(LONG_CASE, q_lens=(1, 2, 0, 1, 70), kv_lens=(200, 2, 0, 1, 70))
+    qkv = make_qkv(case, DEVICE)
+    expected = reference(case, *qkv)
+    q_THD, k_cache, v_cache, *lengths = paged_step(case, qkv)
+    out_THD = torch.full_like(q_THD, 7.0)
+    rows = k_cache.flatten(0, 1), v_cache.flatten(0, 1)
+    window = resolve_window(case.causal, case.window_size)
+    launch_gluon(
+        q_THD, *rows, out_THD, None, *lengths, window=window, scale=case.scale, skips_one=skips_one
+    )
+    left_T = torch.tensor([n == 1 for n in case.q_lens for _ in range(n)]) & skips_one
+    assert (out_THD.cpu()[left_T] == 7.0).all()
+    expected.out_THD[left_T] = 7.0
     assert_within(out_THD, expected.out_THD, expected.out_error_THD)
 
 
