@@ -45,6 +45,7 @@ from minigen.kernels.triton_import import triton
 
 ROWS = 64  # what one group of four warps multiplies at once
 GROUPS = (1, 2, 4, 8)  # query heads a key/value head that were tried
+SHORT_QUERIES, SHORT_KEYS = 1024, 4096  # up to which `SHORT_TILE` is chosen
 CACHE_BOX = 16  # rows of the cache that come in one copy
 
 
@@ -170,7 +171,8 @@ def choose_gluon_tile(queries: int, most_keys: int = 0) -> GluonTile:
     that take turns at the tensor cores (281, 345, 443, 620, 613), and three groups with tiles of 64
     keys (263, 347, 422, 572, 581).
     """
-    return SHORT_TILE if queries <= 1024 and most_keys <= 4096 else DEFAULT_TILE
+    is_short = queries <= SHORT_QUERIES and most_keys <= SHORT_KEYS
+    return SHORT_TILE if is_short else DEFAULT_TILE
 
 
 class RowsBefore:
