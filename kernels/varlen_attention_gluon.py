@@ -149,8 +149,9 @@ def prefers_gluon(queries: int, head_dim: int) -> bool:
         paged, 32/8    240, 254         307, 319    348, 383   471, 566    470, 569
         paged, 16/8    201, 216         279, 295    313, 359   455, 559    504, 602
 
-    The host takes 155 to 170 us for a call, 140 before (paged 180 and 330). Not timed: fewer than
-    64 queries, where a tile of 128 rows would be empty for the most part, and heads of 64.
+    The host takes 160 us for a call, 140 before; over the cache 180, 330 before. Not timed: fewer
+    than 64 queries, where a tile is partly empty and a decoding sequence beside prompts takes a
+    program 1 us to pass over; windows; and heads of 64.
     """
     return head_dim == 128 and queries >= 64
 
