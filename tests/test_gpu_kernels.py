@@ -403,7 +403,7 @@ def test_long_prompts_take_large_tiles_in_gluon() -> None:
 
 @needs_gluon
 @pytest.mark.parametrize("skips_one", [False, True])
-def test_sequences_of_one_query_can_be_left_to_another_launch(skips_one: bool) -> None:
+def test_gluon_leaves_sequences_of_one_query_to_another_launch(skips_one: bool) -> None:
     case = dataclasses.replace(LONG_CASE, q_lens=(1, 2, 0, 1, 70), kv_lens=(200, 2, 0, 1, 70))
     qkv = make_qkv(case, DEVICE)
     expected = reference(case, *qkv)
