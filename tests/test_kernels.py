@@ -484,7 +484,7 @@ def test_compiled_step_copies_no_cache(one_allocation: bool) -> None:
 def test_triton_kernels_in_the_interpreter() -> None:
     """The GPU tests, small, with Triton's interpreter in place of the GPU.
 
-    A process of its own: Triton reads the variable once, when it is imported. It has none for Gluon.
+    A process of its own: Triton reads the variable once, when it is imported. Gluon has none.
     """
     pytest.importorskip("triton")
     root = Path(__file__).parent.parent
