@@ -48,7 +48,14 @@ from minigen.kernels.tiles import (
     window_arguments,
 )
 from minigen.kernels.triton_import import tl, triton
-from minigen.kernels.varlen_attention_gluon import GluonTile, launch_gluon
+from minigen.kernels.varlen_attention_gluon import (
+    CACHE_BOX,
+    GluonTile,
+    choose_gluon_tile,
+    fits_gluon,
+    launch_gluon,
+    prefers_gluon,
+)
 
 # Rows of a prompt's tile, at least: how many queries a prompt has is known to the GPU alone.
 PROMPT_ROWS = 128
@@ -295,9 +302,10 @@ def paged_attention_triton(
 
     Sequences of one query and others, whose tiles are made for different work, get a launch each
     where a step may have both. `num_splits` (1 to 64) and `tile` are chosen by size unless given;
-    a given tile serves all. `pdl` needs a GPU of sm_90 or later. A
-    `GluonTile` runs the kernel of `varlen_attention_gluon.py` without a split, and wants
-    `fits_gluon` and cache blocks of 16.
+    a given tile serves all. `pdl` needs a GPU of sm_90 or later. A `GluonTile` runs the kernel of
+    `varlen_attention_gluon.py` without a split, and wants `fits_gluon` and cache blocks of 16. It
+    is chosen for the others where neither tile nor split is given, see `prefers_gluon`; how long
+    their prompts are is known to the GPU alone, so that the mean over all sequences decides.
     """
     if q_THD.stride(-1) != 1:
         q_THD = q_THD.contiguous()
@@ -306,20 +314,12 @@ def paged_attention_triton(
     out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
     if num_tokens == 0 or num_seqs == 0:
         return out_THD
+    cu_seqlens_q, kv_lens_S = cu_seqlens_q.contiguous(), kv_lens_S.contiguous()
     if isinstance(tile, GluonTile):
         launch_gluon(
-            q_THD,
-            k_cache_NBKD.flatten(0, 1),
-            v_cache_NBKD.flatten(0, 1),
-            out_THD,
-            None,
-            cu_seqlens_q.contiguous(),
-            kv_lens_S.contiguous(),
-            block_table_SW.contiguous(),
-            window=window,
-            scale=scale,
-            tile=tile,
-        )
+            q_THD, *_rows_of(k_cache_NBKD, v_cache_NBKD), out_THD, None, cu_seqlens_q, kv_lens_S,
+            block_table_SW.contiguous(), window=window, scale=scale, tile=tile,
+        )  # fmt: skip
         return out_THD
     q_THD, scale = positive_scale(q_THD, scale)
     group = num_heads // k_cache_NBKD.shape[2]
@@ -333,17 +333,50 @@ def paged_attention_triton(
     else:
         # In this order: the merge of "many" also writes the rows of "one".
         launches = [("many", max(mean, PROMPT_ROWS // group)), ("one", 1)]
+    block_size = k_cache_NBKD.shape[1]
+    in_gluon = (
+        tile is None
+        and num_splits is None
+        and prefers_gluon(mean, head_dim)
+        and block_size == CACHE_BOX
+        and fits_gluon(q_THD, *_rows_of(k_cache_NBKD, v_cache_NBKD), softcap)
+    )
     for queries, number in launches:
+        chosen = tile or choose_tile(
+            number, group, head_dim, q_THD.element_size(), shared_bytes_of(q_THD.device), paged=True
+        )
+        splits = num_splits or _splits_of(q_THD, k_cache_NBKD, block_table_SW, chosen, queries)
+        if in_gluon and queries == "many" and splits == 1:
+            launch_gluon(
+                q_THD, *_rows_of(k_cache_NBKD, v_cache_NBKD), out_THD, None, cu_seqlens_q,
+                kv_lens_S, block_table_SW.contiguous(), window=window, scale=scale,
+                tile=choose_gluon_tile(mean, block_table_SW.shape[1] * block_size), skips_one=True,
+            )  # fmt: skip
+            continue
         _launch(
-            q_THD, k_cache_NBKD, v_cache_NBKD, out_THD, cu_seqlens_q.contiguous(),
-            kv_lens_S.contiguous(), block_table_SW, window, scale, softcap, num_splits,
-            tile or choose_tile(
-                number, group, head_dim, q_THD.element_size(), shared_bytes_of(q_THD.device),
-                paged=True,
-            ),
-            queries, pdl,
+            q_THD, k_cache_NBKD, v_cache_NBKD, out_THD, cu_seqlens_q, kv_lens_S, block_table_SW,
+            window, scale, softcap, splits, chosen, queries, pdl,
         )  # fmt: skip
     return out_THD
+
+
+def _rows_of(k_cache_NBKD: Tensor, v_cache_NBKD: Tensor) -> tuple[Tensor, Tensor]:
+    """The caches as `launch_gluon` wants them, `[N * B, K, D]`."""
+    return k_cache_NBKD.flatten(0, 1), v_cache_NBKD.flatten(0, 1)
+
+
+def _splits_of(
+    q_THD: Tensor, k_cache_NBKD: Tensor, block_table_SW: Tensor, tile: Tile, queries: str
+) -> int:
+    """`choose_num_splits` for a launch that serves sequences of so many `queries`."""
+    num_seqs, width = block_table_SW.shape
+    block_size, num_kv_heads = k_cache_NBKD.shape[1:3]
+    num_blocks = num_seqs if queries == "one" else max(q_THD.shape[0] // tile.block_q, num_seqs)
+    return choose_num_splits(
+        num_blocks * num_kv_heads,
+        -(-width * block_size // tile.block_n),
+        resident_programs(tile, q_THD.element_size(), q_THD.device),
+    )
 
 
 def _launch(
@@ -357,7 +390,7 @@ def _launch(
     window: Window,
     scale: float,
     softcap: float,
-    num_splits: int | None,
+    num_splits: int,
     tile: Tile,
     queries: str,
     pdl: bool,
@@ -365,16 +398,10 @@ def _launch(
     """Writes the rows of `out_THD` whose sequences have so many `queries` (`paged_attention_kernel`
     says which words there are)."""
     num_tokens, num_heads, head_dim = q_THD.shape
-    num_seqs, width = block_table_SW.shape
+    num_seqs = block_table_SW.shape[0]
     block_size, num_kv_heads = k_cache_NBKD.shape[1:3]
-    blocks = num_tokens // tile.block_q
-    if num_splits is None:
-        num_splits = choose_num_splits(
-            (num_seqs if queries == "one" else max(blocks, num_seqs)) * num_kv_heads,
-            -(-width * block_size // tile.block_n),
-            resident_programs(tile, q_THD.element_size(), q_THD.device),
-        )
-    num_programs = (num_seqs if queries == "one" else blocks + num_seqs) * num_kv_heads
+    num_blocks = num_seqs if queries == "one" else num_tokens // tile.block_q + num_seqs
+    num_programs = num_blocks * num_kv_heads
     part_PRHD, lse_PRH = out_THD, out_THD  # not used without a split
     num_rows = (num_seqs if queries == "one" else num_tokens) * num_heads
     if num_splits > 1:

@@ -39,7 +39,13 @@ from minigen.kernels.tiles import (
 )
 from minigen.kernels.triton_import import tl, triton
 from minigen.kernels.varlen_attention_backward import varlen_attention_backward
-from minigen.kernels.varlen_attention_gluon import GluonTile, launch_gluon
+from minigen.kernels.varlen_attention_gluon import (
+    GluonTile,
+    choose_gluon_tile,
+    fits_gluon,
+    launch_gluon,
+    prefers_gluon,
+)
 from minigen.kernels.varlen_attention_tma import (
     choose_descriptor_tile,
     fits_tensor_descriptors,
@@ -184,8 +190,10 @@ def _cuda(
         read_cu_seqlens(cu_seqlens_q, q_THD.shape[0], "cu_seqlens_q")
         read_cu_seqlens(cu_seqlens_k, k_TKD.shape[0], "cu_seqlens_k")
     queries = q_THD.shape[0] // max(cu_seqlens_q.shape[0] - 1, 1)
+    head_dim = q_THD.shape[2]
+    in_gluon = prefers_gluon(queries, head_dim) and fits_gluon(q_THD, k_TKD, v_TKD, softcap)
     capability = torch.cuda.get_device_capability(q_THD.device)
-    descriptors = prefers_descriptors(queries, q_THD.shape[2], capability)
+    descriptors = not in_gluon and prefers_descriptors(queries, head_dim, capability)
     return varlen_attention_triton(
         q_THD,
         k_TKD,
@@ -195,6 +203,7 @@ def _cuda(
         window=window,
         scale=scale,
         softcap=softcap,
+        tile=choose_gluon_tile(queries) if in_gluon else None,
         tensor_descriptors=descriptors and fits_tensor_descriptors(q_THD, k_TKD, v_TKD),
     )
 

@@ -13,6 +13,7 @@ share a key/value head, D head dim, N cache blocks, B tokens a block, W width of
 M = 64 rows of one group of warps, N keys of a tile.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -40,8 +41,11 @@ from minigen.kernels.tiles import (
     whole_tiles,
     window_arguments,
 )
+from minigen.kernels.triton_import import triton
 
 ROWS = 64  # what one group of four warps multiplies at once
+GROUPS = (1, 2, 4, 8)  # query heads a key/value head that were tried
+SHORT_QUERIES, SHORT_KEYS = 1024, 4096  # up to which `SHORT_TILE` is chosen
 CACHE_BOX = 16  # rows of the cache that come in one copy
 
 
@@ -54,6 +58,7 @@ class GluonTile(NamedTuple):
 
 
 DEFAULT_TILE = GluonTile()
+SHORT_TILE = GluonTile(block_n=64, stages=4)
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,7 @@ class Sizes:
     has_left: bool
     has_right: bool
     paged: bool
+    skips_one: bool = False  # leaves sequences of one query to another launch
 
     rows: int = ROWS
     groups: int = 2
@@ -89,22 +95,34 @@ class Sizes:
         return self.block_n * self.head_dim * 2
 
 
-def fits_gluon(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, softcap: float) -> bool:
-    """Whether these kernels can run: a Hopper GPU, a known Gluon, and what they were written for.
+@functools.cache
+def runs_gluon(device: torch.device) -> bool:
+    """Whether these kernels run there: a Hopper GPU, and a Triton whose Gluon they were tried with.
 
-    Keys and values of all heads must be one row, as a descriptor of two dimensions wants them.
+    AMD's GPUs of capability 9 are told by `torch.version.hip`.
     """
-    head_dim = q_THD.shape[2]
-    group = q_THD.shape[1] // k_TKD.shape[1]
     return (
         KNOWN_GLUON
-        and q_THD.is_cuda
+        and device.type == "cuda"
         and torch.version.hip is None
-        and torch.cuda.get_device_capability(q_THD.device) == (9, 0)
-        and shared_bytes_of(q_THD.device) >= HOPPER_SHARED_BYTES
+        and torch.cuda.get_device_capability(device) == (9, 0)
+        and shared_bytes_of(device) >= HOPPER_SHARED_BYTES
+        and not triton.knobs.runtime.interpret
+    )
+
+
+def fits_gluon(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, softcap: float) -> bool:
+    """Whether these kernels can run on these tensors, all of which they were tried with.
+
+    Keys and values of all heads must be one row, as a descriptor of two dimensions wants them; rows
+    are multiples of 16 bytes that begin at multiples of 16 bytes.
+    """
+    head_dim = q_THD.shape[2]
+    return (
+        runs_gluon(q_THD.device)
         and q_THD.dtype in (torch.float16, torch.bfloat16)
         and head_dim in (64, 128)
-        and ROWS % group == 0
+        and q_THD.shape[1] // k_TKD.shape[1] in GROUPS
         and softcap == 0
         and all(
             x.numel() > 0
@@ -119,10 +137,49 @@ def fits_gluon(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, softcap: float) -> b
     )
 
 
+def prefers_gluon(queries: int, head_dim: int) -> bool:
+    """Whether, where they fit, these kernels are the faster ones for about `queries` a sequence.
+
+    H200, causal, bfloat16, heads of 128, TFLOP/s of what was chosen before and of these kernels
+    (128 keys a tile, two in flight):
+
+                       16 x 512   64 of mean 298   16 x 1024   4 x 4096   1 x 16384
+        32/8 heads     246, 285         326, 378    364, 447   526, 627    524, 672
+        16/8 heads     208, 234         288, 305    335, 411   503, 605    550, 668
+        paged, 32/8    240, 254         307, 319    348, 383   471, 566    470, 569
+        paged, 16/8    201, 216         279, 295    313, 359   455, 559    504, 602
+
+    The host takes 160 us for a call, 140 before; over the cache 180, 330 before. Not timed: fewer
+    than 64 queries, where a tile is partly empty and a decoding sequence beside prompts takes a
+    program 1 us to pass over; windows; and heads of 64.
+    """
+    return head_dim == 128 and queries >= 64
+
+
+def choose_gluon_tile(queries: int, most_keys: int = 0) -> GluonTile:
+    """Tile for sequences of about `queries` queries and, where a bound is known, `most_keys` keys.
+
+    The diagonal wastes half of a tile, so that short sequences want small ones; of large ones there
+    are half as many, with what each takes beside its products. H200 as in `prefers_gluon`, TFLOP/s
+    of 128 keys with two tiles in flight and of 64 with four:
+
+                       16 x 512   64 of mean 298   16 x 1024   4 x 4096   1 x 16384
+        32/8 heads     285, 327         378, 380    447, 458   627, 563    672, 532
+        16/8 heads     234, 260         305, 343    411, 408   605, 546    668, 542
+
+    Tiles of 64 keys were not timed over the cache, nor was a chunk of a prompt behind many keys,
+    which by these figures wants large tiles. Tried and dropped, 32/8 heads: two groups of warps
+    that take turns at the tensor cores (281, 345, 443, 620, 613), and three groups with tiles of 64
+    keys (263, 347, 422, 572, 581).
+    """
+    is_short = queries <= SHORT_QUERIES and most_keys <= SHORT_KEYS
+    return SHORT_TILE if is_short else DEFAULT_TILE
+
+
 class RowsBefore:
     """Where a tensor would begin with so many rows more in front, for a descriptor to start at.
 
-    Nothing is read there: see `load_tile`.
+    Nothing is read there: see `load_keys_and_values`.
     """
 
     def __init__(self, tensor: Tensor, rows: int) -> None:
@@ -146,12 +203,14 @@ def launch_gluon(
     window: Window,
     scale: float,
     tile: GluonTile = DEFAULT_TILE,
+    skips_one: bool = False,
 ) -> None:
     """Fills `out_THD`, and `lse_HT` if there is one; wants `fits_gluon`.
 
     Without a block table `key_lengths` is `cu_seqlens_k`. With one it is `kv_lens_S`, and keys and
-    values are the rows of the cache, `[N * B, K, D]`
-    with B = 16.
+    values are the rows of the cache, `[N * B, K, D]` with B = 16. With `skips_one` the rows of
+    sequences of one query stay as they are. A CUDA graph may capture it: nothing waits for the GPU,
+    and descriptors hold addresses, which a replay keeps.
     """
     num_tokens, num_heads, head_dim = q_THD.shape
     num_rows, num_kv_heads, _ = k_TKD.shape
@@ -160,7 +219,8 @@ def launch_gluon(
     q_THD, scale = positive_scale(q_THD, scale)
     paged = block_table_SW is not None
     bounds = window_arguments(window)
-    sizes = Sizes(head_dim, group, *tile, bounds.pop("HAS_LEFT"), bounds.pop("HAS_RIGHT"), paged)
+    sides = bounds.pop("HAS_LEFT"), bounds.pop("HAS_RIGHT")
+    sizes = Sizes(head_dim, group, *tile, *sides, paged, skips_one)
     width = num_kv_heads * head_dim
     rows, columns = (CACHE_BOX, 64) if paged else (tile.block_n, head_dim)
     flat, boxes = (gl.NVMMASharedLayout(128, 16, rank) for rank in (2, 3))
@@ -284,6 +344,8 @@ def find_tile(tile, cu_seqlens_q_ptr, key_lengths_ptr, num_seqs, num_slots, size
     q_start, num_queries, first_query = queries_of_block(
         cu_seqlens_q_ptr, block, seq, sizes.has_right, sizes.block_q
     )
+    if sizes.skips_one:
+        num_queries = gl.where(num_queries == 1, 0, num_queries)
     if sizes.paged:
         k_start = seq  # whose row of the block table says where its keys are
         num_keys = gl.load(key_lengths_ptr + seq)

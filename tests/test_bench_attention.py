@@ -13,6 +13,8 @@ from tests.command_line import ROOT
 
 pytest.importorskip("triton")
 
+from minigen.kernels.gluon_import import KNOWN_GLUON
+from minigen.kernels.varlen_attention_gluon import GluonTile
 from tools import bench_attention as bench
 
 LIMITS = {"copy_gbs": 4000.0, "matmul_tflops": 800.0}
@@ -63,6 +65,9 @@ def test_candidates_differ_and_fit_their_rows(section: str) -> None:
         candidates = bench.CANDIDATES[section](heads)
         assert len({str(candidate) for candidate in candidates}) == len(candidates)
         for candidate in candidates if section != "backward" else []:
+            if isinstance(candidate.tile, GluonTile):
+                assert section in ("varlen", "prefill")
+                continue
             assert candidate.tile.block_d == heads.dim
             assert candidate.tile.block_q in (
                 candidate.tile.block_m,
@@ -177,6 +182,21 @@ def test_list_compiles_without_a_gpu(
         assert one["registers"] <= 255
         assert one["stack_bytes"] == 0
         assert one["warp_specialized"]
+
+
+@pytest.mark.skipif(not KNOWN_GLUON, reason="this Triton's Gluon was never tried")
+def test_list_compiles_gluon(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(
+        bench.CANDIDATES, "prefill", lambda heads: bench.gluon_candidates(heads)[1:]
+    )
+    bench.list_candidates(["prefill"])
+    *_, document = capsys.readouterr().out.splitlines()
+    (made,) = json.loads(document)["candidates"]
+    assert made["candidate"] == "gluon 128x64 s4"
+    assert made["stack_bytes"] == 0
+    assert made["num_warps"] == 12
 
 
 def test_list_compiles_both_kernels_of_a_backward(

@@ -4,14 +4,17 @@ With TRITON_INTERPRET=1 the same properties run on CPU tensors, with shorter seq
 bfloat16, which the interpreter multiplies wrongly.
 """
 
+import contextlib
 import dataclasses
+import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -24,7 +27,14 @@ from minigen.kernels.paged_attention import choose_num_splits, paged_attention_t
 from minigen.kernels.tiles import Tile, find_queries, power_of_two
 from minigen.kernels.triton_import import tl, triton
 from minigen.kernels.varlen_attention import MAX_TOKEN_STRIDE, varlen_attention_triton
-from minigen.kernels.varlen_attention_gluon import DEFAULT_TILE, GluonTile, fits_gluon
+from minigen.kernels.varlen_attention_gluon import (
+    DEFAULT_TILE,
+    GROUPS,
+    SHORT_TILE,
+    GluonTile,
+    fits_gluon,
+    launch_gluon,
+)
 from minigen.kernels.varlen_attention_tma import fits_tensor_descriptors
 from tests.attention_cases import (
     Case,
@@ -235,31 +245,27 @@ needs_gluon = pytest.mark.skipif(
 
 
 # Few of them: each is compiled for every kind of window.
-GLUON_KINDS = (
-    (torch.bfloat16, 4, 128, DEFAULT_TILE),
-    (torch.float16, 2, 64, GluonTile(block_n=64, stages=3, query_stages=1)),
+in_gluon_kinds = pytest.mark.parametrize(
+    ("dtype", "group", "head_dim", "tile"),
+    [
+        (torch.bfloat16, 4, 128, DEFAULT_TILE),
+        (torch.float16, 2, 64, GluonTile(block_n=64, stages=3, query_stages=1)),
+    ],
 )
 
 
-@st.composite
-def gluon_cases(draw: st.DrawFn) -> tuple[Case, GluonTile]:
-    case = draw(cases(HALF_DTYPES, MAX_LEN))
-    dtype, group, head_dim, tile = draw(st.sampled_from(GLUON_KINDS))
-    case = dataclasses.replace(
-        case,
-        num_heads=case.num_kv_heads * group,
-        head_dim=head_dim,
-        dtype=dtype,
-        softcap=0.0,
-        block_size=16,
-    )
-    return case, tile
+def for_gluon(case: Case, dtype: torch.dtype, group: int, head_dim: int) -> Case:
+    heads = {"num_heads": case.num_kv_heads * group, "head_dim": head_dim}
+    return dataclasses.replace(case, **heads, dtype=dtype, softcap=0.0, block_size=16)
 
 
 @needs_gluon
-@given(gluon_cases())
-def test_varlen_in_gluon_equals_definition(drawn: tuple[Case, GluonTile]) -> None:
-    case, tile = drawn
+@in_gluon_kinds
+@given(case=cases(HALF_DTYPES, MAX_LEN))
+def test_varlen_in_gluon_equals_definition(
+    dtype: torch.dtype, group: int, head_dim: int, tile: GluonTile, case: Case
+) -> None:
+    case = for_gluon(case, dtype, group, head_dim)
     qkv = make_qkv(case, DEVICE)
     expected = reference(case, *qkv)
     if qkv[1].numel() > 0:  # else a descriptor would have no row
@@ -269,13 +275,187 @@ def test_varlen_in_gluon_equals_definition(drawn: tuple[Case, GluonTile]) -> Non
 
 
 @needs_gluon
-@given(gluon_cases())
-def test_paged_in_gluon_equals_definition(drawn: tuple[Case, GluonTile]) -> None:
-    case, tile = drawn
+@in_gluon_kinds
+@given(case=cases(HALF_DTYPES, MAX_LEN))
+def test_paged_in_gluon_equals_definition(
+    dtype: torch.dtype, group: int, head_dim: int, tile: GluonTile, case: Case
+) -> None:
+    case = for_gluon(case, dtype, group, head_dim)
     qkv = make_qkv(case, DEVICE)
     expected = reference(case, *qkv)
     out_THD = run_paged(case, qkv, tile=tile)
     assert_within(out_THD, expected.out_THD, expected.out_error_THD)
+
+
+@contextlib.contextmanager
+def sees_gluon(operation: str) -> Iterator[mock.Mock]:
+    """What the operation launches in Gluon; keys are not split, however few the sequences are."""
+    module = importlib.import_module(f"minigen.kernels.{operation}")
+    with contextlib.ExitStack() as stack:
+        if operation == "paged_attention":
+            stack.enter_context(mock.patch.object(module, "choose_num_splits", return_value=1))
+        patch = mock.patch.object(module, "launch_gluon", wraps=launch_gluon)
+        yield stack.enter_context(patch)
+
+
+@st.composite
+def steps(draw: st.DrawFn, group: int) -> Case:
+    """A step of prompts, chunks, decoding sequences and null sequences: 64 queries each on average,
+    as many as Gluon is chosen for."""
+    lengths = st.sampled_from((2, 63, 64, 65, 127, 128, 129)) | st.integers(1, MAX_LEN)
+    cached = st.sampled_from((0, 0, 1, 63, 64, 65, 300)) | st.integers(0, MAX_LEN)
+    pairs = [(n, n + draw(cached)) for n in draw(st.lists(lengths, min_size=1, max_size=5))]
+    pairs += [(1, 1 + draw(cached)) for _ in range(draw(st.integers(0, 4)))]
+    # A null sequence has no keys, and one query where a step decodes, else none.
+    pairs += [(draw(st.integers(0, 1)), 0) for _ in range(draw(st.integers(0, 3)))]
+    missing = 64 * (len(pairs) + 1) - sum(n for n, _ in pairs)
+    longest = max(missing, 2) + draw(st.integers(0, 64))
+    pairs.append((longest, longest + draw(cached)))
+    q_lens, kv_lens = zip(*draw(st.permutations(pairs)), strict=True)
+    num_kv_heads = draw(st.sampled_from([1, 2]))
+    window = draw(st.sampled_from([None, None, 1, 64, 100, 300]))
+    return Case(
+        q_lens=q_lens,
+        kv_lens=kv_lens,
+        num_heads=num_kv_heads * group,
+        num_kv_heads=num_kv_heads,
+        head_dim=128,
+        dtype=torch.float16 if group == 2 else torch.bfloat16,
+        causal=True,
+        window_size=(-1, -1) if window is None else (window - 1, 0),
+        softcap=0.0,
+        scale=128**-0.5,
+        block_size=16,
+        seed=draw(st.integers(0, 2**31)),
+    )
+
+
+def paged_step(case: Case, qkv: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """The arguments of `paged_attention`."""
+    paged = make_paged(case, DEVICE)
+    kv_cache_write(*qkv[1:], paged.k_cache_NBKD, paged.v_cache_NBKD, paged.slots_T)
+    lengths = cu_seqlens(case.q_lens, DEVICE), paged.kv_lens_S, paged.block_table_SW
+    return qkv[0], paged.k_cache_NBKD, paged.v_cache_NBKD, *lengths
+
+
+@needs_gluon
+@pytest.mark.parametrize("group", GROUPS)
+@settings(max_examples=15)
+@given(data=st.data())
+def test_a_step_in_gluon_equals_definition(group: int, data: st.DataObject) -> None:
+    """As the model calls it: decoding sequences have a launch of their own beside Gluon's."""
+    case = data.draw(steps(group))
+    qkv = make_qkv(case, DEVICE)
+    expected = reference(case, *qkv)
+    with sees_gluon("paged_attention") as launched:
+        out_THD = paged_attention(*paged_step(case, qkv), window_size=case.window_size, pdl=True)
+    assert launched.call_count == 1
+    assert_within(out_THD, expected.out_THD, expected.out_error_THD)
+
+
+@needs_gluon
+@pytest.mark.parametrize("group", GROUPS)
+@settings(max_examples=15)
+@given(data=st.data())
+def test_packed_prompts_in_gluon_equal_definition(group: int, data: st.DataObject) -> None:
+    case = data.draw(steps(group))
+    case = dataclasses.replace(case, kv_lens=case.q_lens)
+    qkv = make_qkv(case, DEVICE)
+    expected = reference(case, *qkv)
+    offsets = cu_seqlens(case.q_lens, DEVICE)
+    with sees_gluon("varlen_attention") as launched:
+        out_THD, lse_HT = varlen_attention(*qkv, offsets, offsets, window_size=case.window_size)
+    assert launched.call_count == 1
+    assert_within(out_THD, expected.out_THD, expected.out_error_THD)
+    assert_within(lse_HT, expected.lse_HT, expected.lse_error_HT)
+
+
+LONG_CASE = Case(
+    q_lens=(1, 1900, 1300),
+    kv_lens=(700, 1900, 1500),
+    num_heads=8,
+    num_kv_heads=2,
+    head_dim=128,
+    dtype=torch.bfloat16,
+    causal=True,
+    window_size=(-1, -1),
+    softcap=0.0,
+    scale=128**-0.5,
+    block_size=16,
+    seed=0,
+)
+
+
+@needs_gluon
+def test_long_prompts_take_large_tiles_in_gluon() -> None:
+    qkv = make_qkv(LONG_CASE, DEVICE)
+    expected = reference(LONG_CASE, *qkv)
+    with sees_gluon("paged_attention") as launched:
+        paged_THD = paged_attention(*paged_step(LONG_CASE, qkv))
+    with sees_gluon("varlen_attention") as launched_packed:
+        offsets = cu_seqlens(LONG_CASE.q_lens, DEVICE), cu_seqlens(LONG_CASE.kv_lens, DEVICE)
+        out_THD, _ = varlen_attention(*qkv, *offsets)
+    tiles = [seen.call_args.kwargs["tile"] for seen in (launched, launched_packed)]
+    assert tiles == [DEFAULT_TILE, DEFAULT_TILE]
+    assert_within(paged_THD, expected.out_THD, expected.out_error_THD)
+    assert_within(out_THD, expected.out_THD, expected.out_error_THD)
+
+
+@needs_gluon
+@pytest.mark.parametrize("skips_one", [False, True])
+def test_gluon_leaves_sequences_of_one_query_to_another_launch(skips_one: bool) -> None:
+    case = dataclasses.replace(LONG_CASE, q_lens=(1, 2, 0, 1, 70), kv_lens=(200, 2, 0, 1, 70))
+    qkv = make_qkv(case, DEVICE)
+    expected = reference(case, *qkv)
+    q_THD, k_cache, v_cache, *lengths = paged_step(case, qkv)
+    out_THD = torch.full_like(q_THD, 7.0)
+    rows = k_cache.flatten(0, 1), v_cache.flatten(0, 1)
+    window = resolve_window(case.causal, case.window_size)
+    launch_gluon(
+        q_THD, *rows, out_THD, None, *lengths, window=window, scale=case.scale, skips_one=skips_one
+    )
+    left_T = torch.tensor([n == 1 for n in case.q_lens for _ in range(n)]) & skips_one
+    assert (out_THD.cpu()[left_T] == 7.0).all()
+    expected.out_THD[left_T] = 7.0
+    assert_within(out_THD, expected.out_THD, expected.out_error_THD)
+
+
+@needs_gluon
+def test_a_graph_replays_gluon_on_other_lengths() -> None:
+    """Captured with null sequences behind, replayed on what its buffers hold then, and twice: each
+    replay counts its tiles from 0."""
+    first = dataclasses.replace(LONG_CASE, q_lens=(300, 1, 211, 0, 0), kv_lens=(300, 90, 400, 0, 0))
+    other = dataclasses.replace(
+        LONG_CASE, q_lens=(1, 130, 0, 380, 1), kv_lens=(33, 250, 0, 380, 0), seed=1
+    )
+    steps_and_expected = []
+    for case in (first, other):
+        qkv = make_qkv(case, DEVICE)
+        steps_and_expected.append((paged_step(case, qkv), reference(case, *qkv)))
+    shapes = [
+        [max(sizes) for sizes in zip(*(x.shape for x in same), strict=True)]
+        for same in zip(*(step for step, _ in steps_and_expected), strict=True)
+    ]
+    buffers = [
+        torch.zeros(shape, dtype=x.dtype, device=DEVICE)
+        for shape, x in zip(shapes, steps_and_expected[0][0], strict=True)
+    ]
+
+    def fill(step: tuple[Tensor, ...]) -> None:
+        for buffer, x in zip(buffers, step, strict=True):
+            buffer.zero_()[tuple(slice(0, length) for length in x.shape)] = x
+
+    fill(steps_and_expected[0][0])
+    with sees_gluon("paged_attention") as launched:
+        paged_attention(*buffers, pdl=True)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out_THD = paged_attention(*buffers, pdl=True)
+    assert launched.call_count == 2
+    for step, expected in [*steps_and_expected, *steps_and_expected]:
+        fill(step)
+        graph.replay()
+        assert_within(out_THD, expected.out_THD, expected.out_error_THD)
 
 
 @needs_gluon
@@ -293,13 +473,11 @@ def test_a_program_takes_many_tiles_in_gluon() -> None:
     )
     qkv = make_qkv(case, DEVICE)
     expected = reference(case, *qkv)
-    for _ in range(3):
-        out_THD, lse_HT = run_varlen(case, qkv, DEFAULT_TILE)
+    for tile in (DEFAULT_TILE, SHORT_TILE):
+        out_THD, lse_HT = run_varlen(case, qkv, tile)
         assert_within(out_THD, expected.out_THD, expected.out_error_THD)
         assert_within(lse_HT, expected.lse_HT, expected.lse_error_HT)
-        assert_within(
-            run_paged(case, qkv, tile=DEFAULT_TILE), expected.out_THD, expected.out_error_THD
-        )
+        assert_within(run_paged(case, qkv, tile=tile), expected.out_THD, expected.out_error_THD)
 
 
 @needs_gluon

@@ -48,7 +48,7 @@ from minigen.kernels.varlen_attention_backward_tma import (
     key_gradients_tma_kernel,
     query_gradient_tma_kernel,
 )
-from minigen.kernels.varlen_attention_gluon import DEFAULT_TILE, Sizes
+from minigen.kernels.varlen_attention_gluon import DEFAULT_TILE, SHORT_TILE, GluonTile, Sizes
 from minigen.kernels.varlen_attention_tma import (
     choose_descriptor_tile,
     prefers_descriptors,
@@ -214,13 +214,19 @@ def test_warps_are_specialised_on_hopper(head_dim: int, block_n: int) -> None:
 @pytest.mark.skipif(not KNOWN_GLUON, reason="this Triton's Gluon was never tried")
 @pytest.mark.parametrize("paged", [False, True])
 @pytest.mark.parametrize(
-    ("head_dim", "group", "has_left", "floats"),
-    [(128, 4, False, "bf16"), (128, 1, True, "bf16"), (64, 8, True, "fp16")],
+    ("head_dim", "group", "has_left", "floats", "tile"),
+    [
+        (128, 4, False, "bf16", DEFAULT_TILE),
+        (128, 1, True, "bf16", DEFAULT_TILE),
+        (64, 8, True, "fp16", DEFAULT_TILE),
+        (128, 4, False, "bf16", SHORT_TILE),
+        (128, 2, True, "fp16", SHORT_TILE),
+    ],
 )
 def test_gluon_attention(
-    head_dim: int, group: int, has_left: bool, floats: str, paged: bool
+    head_dim: int, group: int, has_left: bool, floats: str, tile: GluonTile, paged: bool
 ) -> None:
-    sizes = Sizes(head_dim, group, *DEFAULT_TILE, has_left, True, paged)
+    sizes = Sizes(head_dim, group, *tile, has_left, True, paged, skips_one=paged)
     compiled = compile_gluon_ahead(sizes, floats)
     assert compiled.num_warps == 12  # two groups that multiply, and one of which a warp loads
     assert compiled.warp_specialized

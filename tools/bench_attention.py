@@ -5,10 +5,10 @@ against float64. A candidate that is wrong, crashes or hangs is reported and lef
 row is timed with all of them, with what the operation chooses by itself, and with rivals on the
 same numbers: torch's FlashAttention 2 over packed sequences, and cuDNN where lengths are equal.
 
-    varlen         forward of varlen_attention, causal: medians of do_bench
+    varlen         forward of varlen_attention, causal: replay of a CUDA graph, medians of do_bench
     decode         paged_attention, one query a sequence: replay of a CUDA graph over caches that
                    together are several times the L2
-    prefill        paged_attention on prompts of which nothing is cached yet: medians of do_bench
+    prefill        paged_attention on prompts of which nothing is cached yet: as varlen
     backward       dQ, dK and dV of varlen_attention, causal, after a forward that is not timed,
                    the delta of each row counted: medians of do_bench
     backward-less  all of these but the backward
@@ -41,9 +41,11 @@ from torch import Tensor
 from minigen.kernels import paged_attention, varlen_attention
 from minigen.kernels.checks import Window
 from minigen.kernels.dependent_launch import launch_options
+from minigen.kernels.gluon_import import KNOWN_GLUON
 from minigen.kernels.paged_attention import paged_attention_kernel, paged_attention_triton
 from minigen.kernels.tiles import Tile, score_arguments, tile_arguments, window_arguments
 from minigen.kernels.varlen_attention import varlen_attention_kernel, varlen_attention_triton
+from minigen.kernels.varlen_attention_gluon import DEFAULT_TILE, SHORT_TILE, GluonTile, Sizes
 from minigen.kernels.varlen_attention_tma import varlen_attention_tma_kernel
 from tools.attention_backward import (
     BackwardCandidate,
@@ -86,11 +88,13 @@ class Heads(NamedTuple):
 class Candidate(NamedTuple):
     """One way to compile an attention kernel."""
 
-    tile: Tile
+    tile: Tile | GluonTile
     descriptors: bool = False
     num_splits: int | None = None
 
     def __str__(self) -> str:
+        if isinstance(self.tile, GluonTile):
+            return f"gluon 128x{self.tile.block_n} s{self.tile.stages}"
         m, q, n, _, warps, stages, mask_all, registers = self.tile
         words = [f"{m}x{n}", f"w{warps}", f"s{stages}"]
         words += ["packed"] if q < m else []
@@ -103,7 +107,10 @@ class Candidate(NamedTuple):
 
     @property
     def specialised(self) -> bool:
-        return self.descriptors and self.tile.num_warps == 4 and self.tile.block_q >= 128
+        tile = self.tile
+        if isinstance(tile, GluonTile) or not self.descriptors:
+            return False
+        return tile.num_warps == 4 and tile.block_q >= 128
 
 
 RIVALS = ("FA2", "cuDNN")
@@ -115,6 +122,12 @@ AnyCandidate = Candidate | BackwardCandidate
 
 def name_of(candidate: AnyCandidate | None) -> str:
     return CHOSEN if candidate is None else str(candidate)
+
+
+def gluon_candidates(heads: Heads) -> list[Candidate]:
+    """Large tiles and small ones; of heads of 64 as many in flight as of small ones."""
+    large = DEFAULT_TILE if heads.dim == 128 else DEFAULT_TILE._replace(stages=4)
+    return [Candidate(tile) for tile in (large, SHORT_TILE) if KNOWN_GLUON]
 
 
 def varlen_candidates(heads: Heads) -> list[Candidate]:
@@ -148,6 +161,7 @@ def varlen_candidates(heads: Heads) -> list[Candidate]:
             Candidate(tile(128, 64, 8, 2, 128, packed=False), True),
             Candidate(tile(128, 32, 8, 4), True),
         ]
+    found += gluon_candidates(heads)
     # Specialised warps.
     stages = [(128, 2), (128, 3), (64, 3)] if dim == 64 else [(128, 2), (64, 3), (64, 4)]
     return found + [Candidate(tile(128, n, 4, count, packed=False), True) for n, count in stages]
@@ -186,6 +200,7 @@ def prefill_candidates(heads: Heads) -> list[Candidate]:
         Candidate(tile(128, 64, 8, 3, 128)),
         Candidate(tile(128, 32, 8, 5, 128)),
         Candidate(tile(128, 32, 8, 7, 128)),
+        *gluon_candidates(heads),
     ]
 
 
@@ -526,6 +541,16 @@ def graph_us(calls: list[Callable[[], object]], replays: int = 12) -> float:
     return median(spans)
 
 
+def replay_us(call: Callable[[], object]) -> float:
+    """Microseconds of one call, captured: of short ones the host takes longer than the GPU."""
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return bench_us(graph.replay)
+
+
 def measure_limits() -> dict[str, float]:
     """What this GPU does: copy in GB/s, read and write counted, and a bf16 product of 8192^3."""
     pair = torch.empty(2, 2**31, dtype=torch.uint8, device="cuda").random_()
@@ -560,16 +585,16 @@ def packed_timers(row: Row, candidates: list[Candidate]) -> Timers:
     timers: Timers = {}
     if row.section == "varlen":
         for c in [None, *candidates]:
-            timers[name_of(c)] = lambda c=c: bench_us(lambda: run_varlen(x, row.heads, c))
+            timers[name_of(c)] = lambda c=c: replay_us(lambda: run_varlen(x, row.heads, c))
     else:
         paged = paged_inputs(row.heads, row.lengths, row.lengths, seed=0)
         for c in [None, *candidates]:
-            timers[name_of(c)] = lambda c=c: bench_us(lambda: run_paged(paged, row.heads, c))
+            timers[name_of(c)] = lambda c=c: replay_us(lambda: run_paged(paged, row.heads, c))
     offsets = x.cu_seqlens, x.cu_seqlens, longest, longest
-    timers["FA2"] = lambda: bench_us(lambda: flash_varlen(*x[:3], *offsets, causal=True))
+    timers["FA2"] = lambda: replay_us(lambda: flash_varlen(*x[:3], *offsets, causal=True))
     if len(set(row.lengths)) == 1:
         dense = [t.unflatten(0, (num_seqs, longest)).transpose(1, 2) for t in x[:3]]
-        timers["cuDNN"] = lambda: bench_us(lambda: cudnn(*dense, causal=True))
+        timers["cuDNN"] = lambda: replay_us(lambda: cudnn(*dense, causal=True))
     return timers
 
 
@@ -685,7 +710,7 @@ def heads_of(section: str) -> list[Heads]:
 
 
 def list_candidates(sections: list[str]) -> None:
-    from tools.compile_ahead import compile_ahead
+    from tools.compile_ahead import compile_ahead, compile_gluon_ahead
 
     documents = []
     header = f"{'section':9}{'heads':11}{'candidate':48}{'registers':>10}{'stack':>7}{'shared':>9}"
@@ -696,8 +721,11 @@ def list_candidates(sections: list[str]) -> None:
                 if section != "backward" and candidate.num_splits:  # one kernel for any number
                     continue
                 for part, (kernel, constants) in kernels_of(section, heads, candidate).items():
-                    strides = [name for name in kernel.arg_names if name.endswith(("_t", "_h"))]
-                    made = compile_ahead(kernel, constants, "bf16", aligned=strides)
+                    if isinstance(kernel, Sizes):
+                        made = compile_gluon_ahead(kernel, "bf16")
+                    else:
+                        strides = [name for name in kernel.arg_names if name.endswith(("_t", "_h"))]
+                        made = compile_ahead(kernel, constants, "bf16", aligned=strides)
                     name = f"{candidate}{part and ': '}{part}"
                     print(
                         f"{section:9}{heads!s:11}{name:48}{made.registers or '-':>10}"
@@ -715,18 +743,27 @@ def list_candidates(sections: list[str]) -> None:
 
 
 def kernels_of(section: str, heads: Heads, candidate: Any) -> dict[str, tuple[Any, dict[str, Any]]]:
-    """A candidate's kernels and their constants, by what they write; "" is all there is."""
+    """A candidate's kernels and their constants, by what they write; "" is all there is.
+
+    The kernel in Gluon is compiled with its `Sizes`, which stand for it.
+    """
+    group = heads.query // heads.key
     if section == "backward":
-        return backward_kernels(candidate, heads.query // heads.key, heads.dim)
-    return {"": kernel_of(section, heads, candidate)}
+        return backward_kernels(candidate, group, heads.dim)
+    if isinstance(candidate.tile, GluonTile):
+        has_left, has_right, paged = False, True, section != "varlen"
+        return {"": (Sizes(heads.dim, group, *candidate.tile, has_left, has_right, paged), {})}
+    return {"": kernel_of(section, heads, candidate.tile, candidate.descriptors)}
 
 
-def kernel_of(section: str, heads: Heads, candidate: Candidate) -> tuple[Any, dict[str, Any]]:
+def kernel_of(
+    section: str, heads: Heads, tile: Tile, descriptors: bool
+) -> tuple[Any, dict[str, Any]]:
     """The kernel of a candidate and its constants."""
     group = heads.query // heads.key
-    packed = group if candidate.tile.block_q < candidate.tile.block_m else 1
+    packed = group if tile.block_q < tile.block_m else 1
     constants = {
-        **tile_arguments(candidate.tile, packed, heads.dim),
+        **tile_arguments(tile, packed, heads.dim),
         **window_arguments(CAUSAL),
         **score_arguments(heads.dim**-0.5, 0.0),
     }
@@ -742,9 +779,11 @@ def kernel_of(section: str, heads: Heads, candidate: Candidate) -> tuple[Any, di
         }
         return paged_attention_kernel, constants | cache
     constants["SLOTS_A_KEY_HEAD"] = group // packed
-    if not candidate.descriptors:
+    if not descriptors:
         return varlen_attention_kernel, constants
-    return varlen_attention_tma_kernel, constants | {"WARP_SPECIALIZE": candidate.specialised}
+    return varlen_attention_tma_kernel, constants | {
+        "WARP_SPECIALIZE": Candidate(tile, True).specialised
+    }
 
 
 def main() -> None:

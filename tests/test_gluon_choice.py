@@ -1,0 +1,196 @@
+"""When attention over prompts runs in Gluon: by sizes, devices and layouts, without a GPU."""
+
+import importlib
+import runpy
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from minigen.kernels.checks import Window
+from minigen.kernels.gluon_import import KNOWN_GLUON
+from minigen.kernels.varlen_attention_gluon import (
+    DEFAULT_TILE,
+    SHORT_TILE,
+    choose_gluon_tile,
+    fits_gluon,
+    prefers_gluon,
+    runs_gluon,
+)
+from tests.command_line import ROOT
+
+gluon_module = importlib.import_module("minigen.kernels.varlen_attention_gluon")
+paged_module = importlib.import_module("minigen.kernels.paged_attention")
+varlen_module = importlib.import_module("minigen.kernels.varlen_attention")
+
+
+def test_short_sequences_take_small_tiles() -> None:
+    assert [choose_gluon_tile(n) for n in (64, 298, 512, 1024)] == [SHORT_TILE] * 4
+    assert [choose_gluon_tile(n) for n in (1025, 4096, 16384)] == [DEFAULT_TILE] * 3
+    assert choose_gluon_tile(512, most_keys=512) == SHORT_TILE
+    assert choose_gluon_tile(512, most_keys=16384) == DEFAULT_TILE  # a chunk behind many keys
+
+
+def test_few_queries_and_what_was_not_timed_stay() -> None:
+    assert [prefers_gluon(n, 128) for n in (1, 63, 64, 5000)] == [False, False, True, True]
+    assert not prefers_gluon(5000, 64)
+
+
+@pytest.mark.parametrize("version", ["3.5.1", "3.60.0", "3.8.0", "4.0"])
+def test_another_triton_has_no_known_gluon(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(triton, "__version__", version)
+    assert not runpy.run_path(str(ROOT / "kernels" / "gluon_import.py"))["KNOWN_GLUON"]
+
+
+@pytest.mark.skipif(not KNOWN_GLUON, reason="this Triton's Gluon was never tried")
+@pytest.mark.parametrize(
+    ("capability", "hip", "shared_kib", "runs"),
+    [
+        ((9, 0), None, 227, True),
+        ((9, 0), "6.3", 64, False),
+        ((9, 0), "6.3", 227, False),
+        ((9, 0), None, 99, False),
+        ((8, 0), None, 227, False),
+        ((10, 0), None, 227, False),
+        ((12, 0), None, 227, False),
+    ],
+)
+def test_only_hopper_runs_gluon(
+    capability: tuple[int, int],
+    hip: str | None,
+    shared_kib: int,
+    runs: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    properties = SimpleNamespace(shared_memory_per_block_optin=shared_kib * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(gluon_module.triton.knobs.runtime, "interpret", False)
+    asks: Any = runs_gluon
+    assert asks.__wrapped__(torch.device("cuda", 0)) == runs  # not what it remembers
+    assert not asks.__wrapped__(torch.device("cpu"))
+    monkeypatch.setattr(gluon_module, "KNOWN_GLUON", False)
+    assert not asks.__wrapped__(torch.device("cuda", 0))
+
+
+def rows(
+    heads: int, dim: int = 128, tokens: int = 5, dtype: torch.dtype = torch.bfloat16
+) -> Tensor:
+    return torch.zeros(tokens, heads, dim, dtype=dtype)
+
+
+@pytest.mark.parametrize(
+    ("q_THD", "k_TKD", "softcap", "fits"),
+    [
+        (rows(8), rows(2), 0.0, True),
+        (rows(8, 64), rows(1, 64), 0.0, True),
+        (rows(2, dtype=torch.float16), rows(2, dtype=torch.float16), 0.0, True),
+        # Parts of one product, as the model makes them.
+        (rows(12)[:, :8], rows(12)[:, 8:10], 0.0, True),
+        (rows(8), rows(2), 30.0, False),
+        (rows(8, 96), rows(2, 96), 0.0, False),
+        (rows(6), rows(2), 0.0, False),  # a group that no tile's rows divide among
+        (rows(16), rows(1), 0.0, False),  # a group that was not tried
+        (rows(8, dtype=torch.float32), rows(2, dtype=torch.float32), 0.0, False),
+        (rows(8), rows(2, tokens=0), 0.0, False),
+        (rows(8), rows(4)[:, ::2], 0.0, False),  # keys of all heads are no row
+        (rows(8), rows(2, 256)[..., ::2], 0.0, False),
+        (rows(8), rows(1, 136)[..., 4:132], 0.0, False),  # begins at 8 bytes
+        (rows(8, 132)[..., :128], rows(2), 0.0, False),
+        (rows(8), rows(2, tokens=1).expand(5, 2, 128), 0.0, False),
+    ],
+)
+def test_layouts_that_descriptors_do_not_take(
+    q_THD: Tensor, k_TKD: Tensor, softcap: float, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not fits_gluon(q_THD, k_TKD, k_TKD, softcap)  # no GPU
+    monkeypatch.setattr(gluon_module, "runs_gluon", lambda _: True)
+    assert fits_gluon(q_THD, k_TKD, k_TKD, softcap) == fits
+
+
+class Launches:
+    """Stands for `paged_attention_kernel` and for `launch_gluon`: writes down what is launched."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        def launch(*_: Any, QUERIES: str, IS_SPLIT: bool, **__: Any) -> None:
+            self.seen.append("split" if IS_SPLIT and QUERIES == "many" else QUERIES)
+
+        return launch
+
+    def gluon(self, *_: Any, tile: Any, skips_one: bool, **__: Any) -> None:
+        self.seen.append((tile, skips_one))
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
+    """As on a Hopper GPU with 264 places for programs."""
+    launches = Launches()
+    monkeypatch.setattr(gluon_module, "runs_gluon", lambda _: True)
+    monkeypatch.setattr(paged_module, "resident_programs", lambda *_: 264)
+    monkeypatch.setattr(paged_module, "launch_gluon", launches.gluon)
+    monkeypatch.setattr(paged_module, "paged_attention_kernel", launches)
+    monkeypatch.setattr(paged_module, "merge_splits_kernel", mock.MagicMock())
+    return launches
+
+
+@pytest.mark.parametrize(
+    ("queries", "seqs", "width", "block_size", "expected"),
+    [
+        (8192, 16, 32, 16, [(SHORT_TILE, True), "one"]),
+        (16384, 1, 1024, 16, [(DEFAULT_TILE, True)]),
+        (8192, 2, 1024, 16, [(DEFAULT_TILE, True), "one"]),
+        (2048, 32, 128, 16, [(SHORT_TILE, True), "one"]),
+        (2016, 32, 128, 16, ["many", "one"]),  # 63 queries each
+        (64, 64, 128, 16, ["guess one"]),
+        (8192, 16, 16, 32, ["many", "one"]),  # blocks of 32 rows
+        (128, 1, 1024, 16, ["split"]),
+    ],
+)
+def test_the_launch_for_prompts_runs_in_gluon(
+    queries: int, seqs: int, width: int, block_size: int, expected: list[Any], launches: Launches
+) -> None:
+    cache = torch.zeros(1, block_size, 8, 128, dtype=torch.bfloat16)
+    step = torch.zeros(seqs + 1).int(), torch.zeros(seqs).int(), torch.zeros(seqs, width).int()
+    tensors = rows(32, tokens=queries), cache, cache, *step
+    options: Any = {"window": Window(None, 0), "scale": 1.0, "softcap": 0.0}
+    paged_module.paged_attention_triton(*tensors, **options)
+    assert launches.seen == expected
+    launches.seen.clear()
+    # A soft cap, or a split that is asked for, is the plain kernel's.
+    paged_module.paged_attention_triton(*tensors, **options | {"softcap": 5.0})
+    paged_module.paged_attention_triton(*tensors, **options, num_splits=1)
+    assert not any(isinstance(what, tuple) for what in launches.seen)
+
+
+def test_packed_prompts_run_in_gluon(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles: list[Any] = []
+
+    def launch(*_: Any, tile: Any, tensor_descriptors: bool, **__: Any) -> None:
+        tiles.append((tile, tensor_descriptors))
+
+    monkeypatch.setattr(varlen_module, "varlen_attention_triton", launch)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(gluon_module, "runs_gluon", lambda _: True)
+    monkeypatch.setattr(torch.version, "hip", None)
+
+    def run(tokens: int, seqs: int, dim: int = 128) -> Any:
+        q_THD, k_TKD = rows(8, dim, tokens), rows(2, dim, tokens)
+        offsets = torch.zeros(seqs + 1).int()
+        varlen_module._cuda(q_THD, k_TKD, k_TKD, offsets, offsets, True, None, (-1, -1), 0.0, False)
+        return tiles.pop()
+
+    assert run(2048, 4) == (SHORT_TILE, False)
+    assert run(2048, 1) == (DEFAULT_TILE, False)
+    assert run(2048, 33) == (None, False)
+    assert run(5000, 1, dim=64) == (None, True)
+    monkeypatch.setattr(gluon_module, "runs_gluon", lambda _: False)
+    assert run(2048, 4) == (None, True)
