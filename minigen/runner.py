@@ -492,7 +492,8 @@ class Runner:
                 logprobs = tuple(self._download(t) for t in logprobs)
         if self.device.type == "cuda":
             event = torch.cuda.Event()
-            event.record()
+            # The current device need not be this one.
+            event.record(torch.cuda.current_stream(self.device))
         return Launched(chunks, sampled, tokens_R, logprobs, scores, event)
 
     def _hidden_states(
