@@ -27,6 +27,7 @@ from minigen.kernels.dependent_launch import (
     wait_for_predecessor,
 )
 from minigen.kernels.few_rows_dot import (
+    MAX_CHUNKS,
     MAX_DOT_INPUTS,
     MAX_DOT_ROWS,
     DotTile,
@@ -52,10 +53,11 @@ def few_rows_linear(
 ) -> Tensor:
     """residual + activation(norm(x) @ weight.T + bias): [T, F] in the dtype of x.
 
-    On a GPU all of it is float32 and rounded once, at the end. The separate operations also round
-    the norm's output, the product, the activation and the sum to the dtype, so that their results
-    differ from this by a few units in the last place, and are those farther from exact. (The
-    root mean square, one number a row, is divided out of the sum of products.)
+    On a GPU all of it is float32 and rounded once, at the end; for the rows that go to tensor cores
+    the norm's output is rounded, too. The separate operations also round the product, the
+    activation and the sum to the dtype, so that their results differ from this by a few units in
+    the last place, and are those farther from exact. (Up to 4 rows the root mean square, one number
+    a row, is divided out of the sum of products.)
 
     Args:
         x_TE: float16, bfloat16 or float32 (on the CPU also float64), on a GPU at most 8 rows
@@ -183,7 +185,12 @@ def few_rows_linear_triton(
         in_tiles = multiplies_tiles(num_rows, num_inputs, x_TE.dtype)
     else:
         in_tiles = isinstance(tile, DotTile)
-    if not in_tiles and (num_rows > MAX_PLAIN_ROWS or num_inputs > MAX_INPUTS):
+    most_rows, most_inputs = MAX_PLAIN_ROWS, MAX_INPUTS
+    if in_tiles:
+        most_rows, most_inputs = MAX_DOT_ROWS, MAX_DOT_INPUTS
+        if isinstance(tile, DotTile):
+            most_inputs = MAX_CHUNKS * tile.block_e
+    if num_rows > most_rows or num_inputs > most_inputs:
         raise ValueError(
             f"few_rows_linear takes {MAX_PLAIN_ROWS} rows of {MAX_INPUTS} at most, or "
             f"{MAX_DOT_ROWS} of {MAX_DOT_INPUTS} in 16 bits, but x has shape "

@@ -210,6 +210,8 @@ def varlen_attention_backward_triton(
                 num_tokens // num_seqs, head_dim, torch.cuda.get_device_capability(q_THD.device)
             )
             and all(fits_tensor_descriptors(q_THD, k_TKD, x) for x in (v_TKD, dout_THD))
+            # Heads are a dimension of these, and a mean over heads expands its gradient.
+            and all(x.stride(1) > 0 for x in (q_THD, dout_THD))
         )
     if tiles is None and tensor_descriptors:
         tiles = choose_backward_descriptor_tiles(head_dim)

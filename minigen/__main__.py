@@ -223,10 +223,12 @@ def _parser() -> cli.Parser:
 
 
 def _leave(code: int) -> None:
-    """Ends the process; a thread that still compiles would abort an ordinary end."""
+    """Ends the process; a thread that still compiles, imports or opens a GPU could abort an
+    ordinary end."""
     # Not imported here: `--help` need not wait for torch. Who has not loaded it has no thread.
     runner = sys.modules.get("minigen.runner")
-    if runner and any(t.name == runner.COMPILE_THREAD for t in threading.enumerate()):
+    names = {start.THREAD, runner.COMPILE_THREAD} if runner else {start.THREAD}
+    if any(thread.name in names for thread in threading.enumerate()):
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError, AttributeError):
                 stream.flush()

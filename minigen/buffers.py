@@ -33,7 +33,7 @@ class HostCopies:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._pinned = device.type == "cuda"
+        self._device, self._pinned = device, device.type == "cuda"
         self._num_bytes, self._turn = 0, 0
         self._pieces: list[Tensor] = []
         self._copied: list[torch.cuda.Event] = []
@@ -54,7 +54,8 @@ class HostCopies:
     def uploaded(self) -> None:
         """A copy of the last piece to the device has been launched."""
         if self._pinned:
-            self._copied[self._turn].record()
+            # By itself it would record the current device's stream, which need not be this one's.
+            self._copied[self._turn].record(torch.cuda.current_stream(self._device))
 
     def _allocate(self) -> None:
         for event in self._copied:

@@ -170,20 +170,24 @@ class StepGraphs:
         current, stream = torch.cuda.current_stream(self._device), self._stream
         assert stream is not None
         stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            # Loads kernels and gives libraries their memory, which no capture allows.
-            self._warm_up(step, sampling, head)
-            graph = torch.cuda.CUDAGraph()
-            # Not `with torch.cuda.graph`, which waits for the device and gives all free memory back
-            # before each capture, to be taken again by the next warm-up.
-            # Of this thread: another one may compile meanwhile.
-            graph.capture_begin(self._pool, capture_error_mode="thread_local")
-            try:
-                result = self._call(step, sampling, head)
-            except BaseException:
-                with contextlib.suppress(RuntimeError):
-                    graph.capture_end()  # or the stream would go on to capture
-                raise
-            graph.capture_end()
-        current.wait_stream(stream)
+        try:
+            with torch.cuda.stream(stream):
+                # Loads kernels and gives libraries their memory, which no capture allows.
+                self._warm_up(step, sampling, head)
+                graph = torch.cuda.CUDAGraph()
+                # Not `with torch.cuda.graph`, which waits for the device and gives all free memory
+                # back before each capture, to be taken again by the next warm-up.
+                # Of this thread: another one may compile meanwhile.
+                graph.capture_begin(self._pool, capture_error_mode="thread_local")
+                try:
+                    result = self._call(step, sampling, head)
+                except BaseException:
+                    with contextlib.suppress(RuntimeError):
+                        graph.capture_end()  # or the stream would go on to capture
+                    raise
+                graph.capture_end()
+        finally:
+            # After a failure, too: the buffers are then given up, and their memory to others while
+            # the warm-up may still read its slots there.
+            current.wait_stream(stream)
         return graph, result

@@ -4,9 +4,9 @@ Shape suffixes: T packed tokens, S sequences, j the jagged (token) dimension of 
 H query heads, K key/value heads, D head dim, R rotated part of D, E model width, F hidden width,
 V vocabulary, P rope table rows, N cache blocks, B tokens a block, W blocks a sequence.
 
-What differs between families is data in `DecoderConfig`. Attention and norms are the only places
-that open a jagged tensor (`values()`, `offsets()`): a norm over a jagged tensor breaks the compiled
-backward of torch 2.13.
+What differs between families is data in `DecoderConfig`. Attention, norms and the sum before a norm
+are the only places that open a jagged tensor (`values()`, `offsets()`): a norm over a jagged tensor
+breaks the compiled backward of torch 2.13.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ Two functions are compiled, each once for every mix of lengths: the decoder up t
 of all T tokens, and the head with the draw for the R rows that need a token. Where graphs replay
 the steps, the decoder is compiled as one layer that is called for each: that takes a tenth of the
 time, and what the calls cost the host is paid at the capture alone. On a GPU the head is called as
-it is where compiling would fuse nothing of it. Sampled tokens stay on the
-device (`last_tokens_M`), so that the next step can be launched before the host has read them.
+it is where compiling would fuse nothing of it. Sampled tokens stay on the device (`last_tokens_M`),
+so that the next step can be launched before the host has read them.
 """
 
 from __future__ import annotations
@@ -496,7 +496,8 @@ class Runner:
                 logprobs = tuple(self._download(t) for t in logprobs)
         if self.device.type == "cuda":
             event = torch.cuda.Event()
-            event.record()
+            # The current device need not be this one.
+            event.record(torch.cuda.current_stream(self.device))
         return Launched(chunks, sampled, tokens_R, logprobs, scores, event)
 
     def _hidden_states(

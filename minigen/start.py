@@ -11,7 +11,10 @@ import ctypes
 import gc
 import importlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+
+# A process must not end in an ordinary way while one of this name is in a library's midst.
+THREAD = "minigen-start"
 
 
 def open_gpu(device: str) -> None:
@@ -23,11 +26,18 @@ def open_gpu(device: str) -> None:
     kind, _, index = device.partition(":")
     if kind in ("auto", "cuda") and (not index or index.isdecimal()):
         number = int(index or 0)
-        threading.Thread(target=_retain_context, args=(number,), daemon=True).start()
+        _start(_retain_context, number)
+
+
+def _start(target: Callable[..., None], *arguments: object) -> threading.Thread:
+    thread = threading.Thread(target=target, args=arguments, daemon=True, name=THREAD)
+    thread.start()
+    return thread
 
 
 def _retain_context(number: int) -> None:
-    with contextlib.suppress(OSError, AttributeError):  # no driver
+    # No driver, or a number that no C integer holds.
+    with contextlib.suppress(OSError, AttributeError, ctypes.ArgumentError):
         driver = ctypes.CDLL("libcuda.so.1")  # its calls do not hold Python's lock
         device, context = ctypes.c_int(), ctypes.c_void_p()
         if not driver.cuInit(0) and not driver.cuDeviceGet(ctypes.byref(device), number):
@@ -56,11 +66,7 @@ def compiler_imported(wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
-    threads = [
-        threading.Thread(target=target, daemon=True) for target in (_hash_triton, _import_compiler)
-    ]
-    for thread in threads:
-        thread.start()
+    threads = [_start(_hash_triton), _start(_import_compiler)]
     try:
         yield
     finally:

@@ -302,10 +302,10 @@ def test_few_rows_are_for_models_whose_layer_it_is() -> None:
 
 class FakeStream:
     def __init__(self, device: object = None) -> None:
-        pass
+        self.waited: list[object] = []
 
     def wait_stream(self, other: object) -> None:
-        pass
+        self.waited.append(other)
 
 
 class FakeCuda:
@@ -396,6 +396,8 @@ def test_a_failed_capture_ends_and_says_why(early: bool, monkeypatch) -> None:
         graphs.buffers(graphs.size_for(1, 1), "greedy")
     assert not cuda.capturing
     assert not cuda.streams_set
+    # What the warm-up reads is given to nobody before it has ended.
+    assert cuda.main.waited == [graphs._stream]
 
 
 def test_a_warm_up_launches_what_the_step_does(monkeypatch) -> None:

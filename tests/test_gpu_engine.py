@@ -110,3 +110,19 @@ def test_seeded_draws_do_not_change_with_neighbours(qwen3: str) -> None:
     )
     assert first.token_ids == second.token_ids
     assert first.cumulative_logprob == second.cumulative_logprob
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("compile", ["eager", "default"])
+def test_a_gpu_that_is_not_the_current_one(qwen3: str, compile: str) -> None:
+    """Results are read when its stream has written them, not the current GPU's."""
+    params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+    many, found = random_prompts([1, 2, 17, 64, 300, 1023]), []
+    for device in ("cuda:0", "cuda:1"):
+        options: Any = {"num_cache_blocks": 2048, "max_num_seqs": 8}
+        llm = LLM(qwen3, device=device, compile=compile, progress=False, **options)
+        outputs = llm.generate(many, params, progress=False)
+        found.append([output.outputs[0].token_ids for output in outputs])
+        del llm
+    assert torch.cuda.current_device() == 0
+    assert found[0] == found[1]

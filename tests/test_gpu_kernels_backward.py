@@ -119,6 +119,18 @@ def float64_gradients(
     )
 
 
+def test_a_gradient_that_is_one_for_all_heads() -> None:
+    """Expanded, as the gradient of a mean over heads is: its heads lie 0 apart."""
+    lens = 70, 64
+    case = Case(lens, lens, 4, 2, 64, torch.float16, True, (-1, -1), 0.0, 0.125, 16, 0)
+    qkv = make_qkv(case, DEVICE)
+    dout_THD, dlse_HT = make_upstream(case, DEVICE)
+    upstream = dout_THD[:, :1].expand_as(dout_THD), dlse_HT
+    expected = triton_gradients(case, qkv, (upstream[0].contiguous(), dlse_HT), descriptors=False)
+    for got, right in zip(triton_gradients(case, qkv, upstream), expected, strict=True):
+        torch.testing.assert_close(got, right)
+
+
 def assert_equal_to_float64(
     case: Case, tiles: BackwardTiles | None = None, descriptors: bool | None = None
 ) -> None:

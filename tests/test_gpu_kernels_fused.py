@@ -228,6 +228,16 @@ def test_few_rows_linear_refuses_many_rows_and_wide_ones() -> None:
             few_rows_linear_triton(x_TE, torch.ones(1, shape[1], device=DEVICE, dtype=dtype))
 
 
+def test_a_tile_that_is_given_refuses_what_it_would_leave_out() -> None:
+    """Rows behind the 16th and chunks behind the fourth would be missing without a word."""
+    tile = DotTile(8, 64, 1)
+    for shape in ((17, 32), (2, MAX_CHUNKS * tile.block_e + 1)):
+        x_TE = torch.ones(shape, device=DEVICE, dtype=torch.float16)
+        weight_GE = torch.ones(8, shape[1], device=DEVICE, dtype=torch.float16)
+        with pytest.raises(ValueError, match="few_rows_linear takes"):
+            few_rows_linear_triton(x_TE, weight_GE, tile=tile)
+
+
 # What only a GPU shows. The run in the interpreter leaves these out by name.
 
 

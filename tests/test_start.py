@@ -1,7 +1,9 @@
 """What a start leaves out, and what it does beside other things."""
 
 import contextlib
+import ctypes
 import gc
+import os
 import subprocess
 import sys
 import threading
@@ -9,7 +11,7 @@ import time
 
 import pytest
 
-from minigen import start
+from minigen import __main__, start
 from tests.command_line import ROOT
 
 
@@ -114,6 +116,34 @@ def test_a_driver_that_finds_no_gpu_is_left_alone(fails: str, monkeypatch) -> No
     start._retain_context(0)
     calls = ["cuInit", "cuDeviceGet", "cuDevicePrimaryCtxRetain"]
     assert driver.called == calls[: calls.index(fails) + 1 if fails else 3]
+
+
+def test_a_device_that_no_c_integer_holds_is_left_to_torch(monkeypatch) -> None:
+    driver = Driver("cuInit")
+    monkeypatch.setattr(driver, "cuInit", lambda flags: 0, raising=False)
+    # A real C function: it is ctypes that refuses the number.
+    monkeypatch.setattr(driver, "cuDeviceGet", ctypes.CDLL(None).memchr, raising=False)
+    monkeypatch.setattr(start.ctypes, "CDLL", lambda name: driver)
+    start._retain_context(10**30)
+    assert driver.called == []
+
+
+def test_a_process_does_not_wait_for_a_gpu_that_is_opened(monkeypatch) -> None:
+    """A command that is refused ends sooner than the driver has begun."""
+    ended, release = [], threading.Event()
+    monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setattr(start, "_retain_context", lambda number: release.wait(10))
+    start.open_gpu("cuda")
+    with pytest.raises(SystemExit):
+        __main__._leave(2)
+    assert ended == [2]
+    release.set()
+    for thread in threading.enumerate():
+        if thread.name == start.THREAD:
+            thread.join()
+    with pytest.raises(SystemExit):
+        __main__._leave(2)
+    assert ended == [2]
 
 
 def test_a_machine_without_a_driver_is_no_error(monkeypatch) -> None:
