@@ -83,7 +83,9 @@ def run_paged(
     qkv: tuple[Tensor, Tensor, Tensor],
     num_splits: int | None = None,
     tile: Tile | GluonTile | None = None,
+    whole_tiles_most: int | None = 0,
 ) -> Tensor:
+    """Given parts divide every sequence, however short, unless said otherwise."""
     paged = make_paged(case, DEVICE)
     kv_cache_write_triton(*qkv[1:], paged.k_cache_NBKD, paged.v_cache_NBKD, paged.slots_T)
     return paged_attention_triton(
@@ -94,6 +96,7 @@ def run_paged(
         paged.kv_lens_S,
         paged.block_table_SW,
         num_splits=num_splits,
+        whole_tiles_most=whole_tiles_most,
         tile=tile,
         **options(case),
     )
