@@ -241,7 +241,11 @@ def _cuda(
         window=window,
         scale=scale,
         softcap=softcap,
-        pdl=pdl and has_dependent_launch(q_THD.device),
+        # Lengths that have to be copied are written by the very kernel that is not waited for.
+        pdl=pdl
+        and has_dependent_launch(q_THD.device)
+        and cu_seqlens_q.is_contiguous()
+        and kv_lens_S.is_contiguous(),
     )
 
 
@@ -259,12 +263,34 @@ def choose_num_splits(num_programs: int, num_tiles: int, num_slots: int) -> int:
     """
 
     def steps(splits: int) -> float:
-        waves = max(math.ceil(2 * num_programs * splits / num_slots) / 2, 1)
-        merge = 0 if splits == 1 else 2 + splits / 32
-        return waves * (math.ceil(num_tiles / splits) + 2) + merge
+        return reckon_steps(num_programs, splits, num_tiles, num_slots)
 
     best = min(range(1, min(max(num_tiles, 1), MAX_SPLITS) + 1), key=steps)
     return best if steps(best) < 0.9 * steps(1) else 1
+
+
+@functools.cache
+def choose_whole_tiles(num_splits: int, num_programs: int, num_tiles: int, num_slots: int) -> int:
+    """The most tiles of keys up to which `num_splits` parts gain no tenth over one piece.
+
+    The parts are chosen for all the tiles (`num_tiles`) that the block table has room for. The GPU
+    knows how many a sequence has, and does not divide one of no more than these: three parts for 32
+    sequences (8 key/value heads, 396 slots, a table of 4,096 keys) are of use from 21 tiles on.
+    """
+
+    def is_longer_whole(tiles: int) -> bool:
+        whole = reckon_steps(num_programs, 1, tiles, num_slots)
+        return reckon_steps(num_programs, num_splits, tiles, num_slots) < 0.9 * whole
+
+    longer = filter(is_longer_whole, range(1, num_tiles + 1))
+    return next(longer, num_tiles + 1) - 1
+
+
+def reckon_steps(num_programs: int, splits: int, num_tiles: int, num_slots: int) -> float:
+    """What a launch takes by the reckoning of `choose_num_splits`, in tiles of keys."""
+    waves = max(math.ceil(2 * num_programs * splits / num_slots) / 2, 1)
+    merge = 0 if splits == 1 else 2 + splits / 32
+    return waves * (math.ceil(num_tiles / splits) + 2) + merge
 
 
 @functools.cache
@@ -295,17 +321,20 @@ def paged_attention_triton(
     scale: float,
     softcap: float,
     num_splits: int | None = None,
+    whole_tiles_most: int | None = None,
     tile: Tile | GluonTile | None = None,
     pdl: bool = False,
 ) -> Tensor:
     """Launches the kernels on checked arguments: on a GPU, or on the CPU in Triton's interpreter.
 
     Sequences of one query and others, whose tiles are made for different work, get a launch each
-    where a step may have both. `num_splits` (1 to 64) and `tile` are chosen by size unless given;
-    a given tile serves all. `pdl` needs a GPU of sm_90 or later. A `GluonTile` runs the kernel of
-    `varlen_attention_gluon.py` without a split, and wants `fits_gluon` and cache blocks of 16. It
-    is chosen for the others where neither tile nor split is given, see `prefers_gluon`; how long
-    their prompts are is known to the GPU alone, so that the mean over all sequences decides.
+    where a step may have both. `num_splits` (1 to 64), `whole_tiles_most` (tiles of keys up to
+    which a sequence is left whole all the same; 0 divides every one) and `tile` are chosen by size
+    unless given; a given tile serves all. `pdl` needs a GPU of sm_90 or later. A `GluonTile` runs
+    the kernel of `varlen_attention_gluon.py` without a split, and wants `fits_gluon` and cache
+    blocks of 16. It is chosen for the others where neither tile nor split is given, see
+    `prefers_gluon`; how long their prompts are is known to the GPU alone, so that the mean over all
+    sequences decides.
     """
     if q_THD.stride(-1) != 1:
         q_THD = q_THD.contiguous()
@@ -345,7 +374,8 @@ def paged_attention_triton(
         chosen = tile or choose_tile(
             number, group, head_dim, q_THD.element_size(), shared_bytes_of(q_THD.device), paged=True
         )
-        splits = num_splits or _splits_of(q_THD, k_cache_NBKD, block_table_SW, chosen, queries)
+        needs = _needs(q_THD, k_cache_NBKD, block_table_SW, chosen, queries)
+        splits = num_splits or choose_num_splits(*needs)
         if in_gluon and queries == "many" and splits == 1:
             launch_gluon(
                 q_THD, *_rows_of(k_cache_NBKD, v_cache_NBKD), out_THD, None, cu_seqlens_q,
@@ -353,9 +383,10 @@ def paged_attention_triton(
                 tile=choose_gluon_tile(mean, block_table_SW.shape[1] * block_size), skips_one=True,
             )  # fmt: skip
             continue
+        whole = choose_whole_tiles(splits, *needs) if whole_tiles_most is None else whole_tiles_most
         _launch(
             q_THD, k_cache_NBKD, v_cache_NBKD, out_THD, cu_seqlens_q, kv_lens_S, block_table_SW,
-            window, scale, softcap, splits, chosen, queries, pdl,
+            window, scale, softcap, splits, whole, chosen, queries, pdl,
         )  # fmt: skip
     return out_THD
 
@@ -365,18 +396,17 @@ def _rows_of(k_cache_NBKD: Tensor, v_cache_NBKD: Tensor) -> tuple[Tensor, Tensor
     return k_cache_NBKD.flatten(0, 1), v_cache_NBKD.flatten(0, 1)
 
 
-def _splits_of(
+def _needs(
     q_THD: Tensor, k_cache_NBKD: Tensor, block_table_SW: Tensor, tile: Tile, queries: str
-) -> int:
-    """`choose_num_splits` for a launch that serves sequences of so many `queries`."""
+) -> tuple[int, int, int]:
+    """What a launch's parts are reckoned from: its programs without a split, the tiles of keys that
+    the table has room for, and the programs that run at a time."""
     num_seqs, width = block_table_SW.shape
     block_size, num_kv_heads = k_cache_NBKD.shape[1:3]
     num_blocks = num_seqs if queries == "one" else max(q_THD.shape[0] // tile.block_q, num_seqs)
-    return choose_num_splits(
-        num_blocks * num_kv_heads,
-        -(-width * block_size // tile.block_n),
-        resident_programs(tile, q_THD.element_size(), q_THD.device),
-    )
+    num_tiles = -(-width * block_size // tile.block_n)
+    num_slots = resident_programs(tile, q_THD.element_size(), q_THD.device)
+    return num_blocks * num_kv_heads, num_tiles, num_slots
 
 
 def _launch(
@@ -391,6 +421,7 @@ def _launch(
     scale: float,
     softcap: float,
     num_splits: int,
+    whole_tiles_most: int,
     tile: Tile,
     queries: str,
     pdl: bool,
@@ -413,6 +444,7 @@ def _launch(
             q_THD,
             k_cache_NBKD,
             v_cache_NBKD,
+            out_THD,
             part_PRHD,
             lse_PRH,
             cu_seqlens_q,
@@ -421,6 +453,7 @@ def _launch(
             num_rows,
             num_seqs,
             num_splits,
+            whole_tiles_most,
             *q_THD.stride()[:2],
             *block_table_SW.stride(),
             **window_arguments(window),
@@ -516,6 +549,7 @@ def guess_query(
         "num_rows",
         "num_seqs",
         "num_splits",
+        "whole_tiles_most",
         "table_stride_s",  # the table's width, which grows while requests are served
         "window_left",
         "window_right",
@@ -526,6 +560,7 @@ def paged_attention_kernel(
     k_cache_ptr,
     v_cache_ptr,
     out_ptr,
+    part_ptr,
     lse_ptr,
     cu_seqlens_q_ptr,
     kv_lens_ptr,
@@ -533,6 +568,7 @@ def paged_attention_kernel(
     num_rows,
     num_seqs,
     num_splits,
+    whole_tiles_most,
     q_stride_t,
     q_stride_h,
     table_stride_s,
@@ -563,7 +599,9 @@ def paged_attention_kernel(
     QUERIES says which sequences the launch serves: "any"; "guess one", any, but most likely each
     has one query; "one", those that have one, of which no block is searched; "many", the others.
     Without a split it writes the output; with one, float32 parts and their log-sums in base 2, of
-    `num_rows` rows: a token's heads, or ("one") a sequence's.
+    `num_rows` rows: a token's heads, or ("one") a sequence's. Of a block of queries that sees at
+    most `whole_tiles_most` tiles of keys the first part takes all, and writes the output and a mark
+    in place of log-sums (`whole_mark`).
     Programs that start together read the same keys of other heads, neighbours in a cache's rows.
     """
     kv_head = tl.program_id(0) % NUM_KV_HEADS
@@ -600,11 +638,15 @@ def paged_attention_kernel(
     token_M = (q_start + query_M).to(tl.int64)
     in_tile_M = (row_M < BLOCK_Q * GROUP) & (query_M < num_queries)
     in_tile_MD = in_tile_M[:, None] & (dim_D < HEAD_DIM)[None, :]
-    part_row_M = token_M * (NUM_KV_HEADS * GROUP) + head_M
+    # The tile's first row in 64 bits, the others from there in 32: with 64 for each, the two places
+    # to which a split may write took 168 registers where these take 108 (group 4, sm_90).
+    row_in_tile_M = row_M // GROUP * (NUM_KV_HEADS * GROUP) + head_M
+    out_row = (q_start + first_query).to(tl.int64) * (NUM_KV_HEADS * GROUP)
+    part_row = out_row
     if IS_SPLIT:
         if QUERIES == "one":
-            part_row_M = seq.to(tl.int64) * (NUM_KV_HEADS * GROUP) + head_M
-        part_row_M += split.to(tl.int64) * num_rows
+            part_row = seq.to(tl.int64) * (NUM_KV_HEADS * GROUP)
+        part_row += split.to(tl.int64) * num_rows
 
     position_M = query_M + (num_keys - num_queries)
     first = first_query + (num_keys - num_queries)
@@ -614,12 +656,13 @@ def paged_attention_kernel(
     )
     if IS_SPLIT:
         num_tiles = tl.cdiv(tl.maximum(high - low, 0), BLOCK_N)
-        keys_a_share = tl.cdiv(num_tiles, num_splits) * BLOCK_N
+        is_whole = num_tiles <= whole_tiles_most
+        keys_a_share = tl.cdiv(num_tiles, tl.where(is_whole, 1, num_splits)) * BLOCK_N
         low += split * keys_a_share
         high = tl.minimum(low + keys_a_share, high)
         if low >= high:  # nothing left for this program: the merge skips its part
             tl.store(
-                lse_ptr + part_row_M,
+                lse_ptr + part_row + row_in_tile_M,
                 tl.full([BLOCK_M], float("-inf"), tl.float32),
                 mask=in_tile_M,
             )
@@ -664,10 +707,38 @@ def paged_attention_kernel(
             acc_MD = wait_for(acc_MD)
 
     out_MD, lse_M = softmax_finish(acc_MD, max_M, sum_M, score_scale, HAS_SOFTCAP)
-    out_offset_MD = (part_row_M * HEAD_DIM)[:, None] + dim_D[None, :]
-    tl.store(out_ptr + out_offset_MD, out_MD.to(out_ptr.dtype.element_ty), mask=in_tile_MD)
     if IS_SPLIT:
-        tl.store(lse_ptr + part_row_M, lse_M, mask=in_tile_M)
+        lse_bits_M = lse_M.to(tl.int32, bitcast=True)
+        if is_whole:
+            lse_bits_M = tl.full([BLOCK_M], whole_mark(), tl.int32)
+            store_rows(out_ptr, out_row, row_in_tile_M, out_MD, dim_D, in_tile_MD, HEAD_DIM)
+        else:
+            store_rows(part_ptr, part_row, row_in_tile_M, out_MD, dim_D, in_tile_MD, HEAD_DIM)
+        tl.store(as_bits(lse_ptr) + part_row + row_in_tile_M, lse_bits_M, mask=in_tile_M)
+    else:
+        store_rows(out_ptr, out_row, row_in_tile_M, out_MD, dim_D, in_tile_MD, HEAD_DIM)
+
+
+@triton.jit
+def store_rows(ptr, first_row, row_M, x_MD, dim_D, mask_MD, HEAD_DIM: tl.constexpr):
+    offset_MD = (row_M * HEAD_DIM)[:, None] + dim_D[None, :]
+    tl.store(ptr + first_row * HEAD_DIM + offset_MD, x_MD.to(ptr.dtype.element_ty), mask=mask_MD)
+
+
+@triton.jit
+def whole_mark():
+    """Bits in the first part's place for a log-sum where the row's output is written already.
+
+    As a float32 a signalling NaN. Arithmetic makes and passes on quiet ones alone (IEEE 754-2019,
+    section 6.2), so that no log-sum has these bits, whatever the scores are. They are stored and
+    read as a number: a move as a float could make them quiet.
+    """
+    return 0x7FA5A5A5
+
+
+@triton.jit
+def as_bits(float32_ptr):
+    return float32_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_splits"])
@@ -687,6 +758,7 @@ def merge_splits_kernel(
 ):
     """One program: weighs the parts of one token's query head by their sums of exponents.
 
+    A row that the first part's program has written whole (`whole_mark`) is left as it is.
     Of a token whose sequence another launch serves it writes what that launch overwrites ("many",
     which does not know the sequence), or nothing ("one").
     """
@@ -702,7 +774,10 @@ def merge_splits_kernel(
     part_P = tl.arange(0, BLOCK_P)
     row_P = part_P.to(tl.int64) * num_rows + row
     dim_D = tl.arange(0, BLOCK_D)
+    # Asked for before the branch, so that both are on their way at once.
     lse_P = tl.load(lse_ptr + row_P, mask=part_P < num_splits, other=float("-inf"))
+    if tl.load(as_bits(lse_ptr) + row) == whole_mark():
+        return
     # A part without keys was never written, and reading it could bring a NaN.
     filled_P = lse_P != float("-inf")
     part_PD = tl.load(

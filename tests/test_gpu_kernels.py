@@ -23,7 +23,13 @@ pytest.importorskip("triton")
 from minigen.kernels import kv_cache_write, paged_attention, varlen_attention
 from minigen.kernels.checks import resolve_window
 from minigen.kernels.kv_cache_write import kv_cache_write_triton
-from minigen.kernels.paged_attention import choose_num_splits, paged_attention_triton
+from minigen.kernels.paged_attention import (
+    choose_num_splits,
+    choose_whole_tiles,
+    paged_attention_triton,
+    reckon_steps,
+    whole_mark,
+)
 from minigen.kernels.tiles import Tile, find_queries, power_of_two
 from minigen.kernels.triton_import import tl, triton
 from minigen.kernels.varlen_attention import MAX_TOKEN_STRIDE, varlen_attention_triton
@@ -93,7 +99,11 @@ def run_paged(
     qkv: tuple[Tensor, Tensor, Tensor],
     num_splits: int | None = None,
     tile: Tile | GluonTile | None = None,
+    whole_tiles_most: int | None = None,
 ) -> Tensor:
+    """Given parts divide every sequence, however short, unless said otherwise."""
+    if num_splits is not None and whole_tiles_most is None:
+        whole_tiles_most = 0
     paged = make_paged(case, DEVICE)
     kv_cache_write_triton(*qkv[1:], paged.k_cache_NBKD, paged.v_cache_NBKD, paged.slots_T)
     return paged_attention_triton(
@@ -104,6 +114,7 @@ def run_paged(
         paged.kv_lens_S,
         paged.block_table_SW,
         num_splits=num_splits,
+        whole_tiles_most=whole_tiles_most,
         tile=tile,
         **options(case),
     )
@@ -164,20 +175,28 @@ def test_varlen_equals_definition(case: Case) -> None:
     assert_within(lse_HT, expected.lse_HT, expected.lse_error_HT)
 
 
-@given(cases(DTYPES, MAX_LEN), st.sampled_from([None, 1, 2, 8]))
-def test_paged_equals_definition(case: Case, num_splits: int | None) -> None:
+# Parts, and the most tiles that are left whole: None where parts are given divides all.
+parts = st.tuples(st.sampled_from([None, 1, 2, 8]), st.sampled_from([None, 1, 2]))
+
+
+@given(cases(DTYPES, MAX_LEN), parts)
+def test_paged_equals_definition(case: Case, parts: tuple[int | None, int | None]) -> None:
     """Any mix of prefill, chunk and decode, with the keys divided among programs or not."""
+    num_splits, most = parts
     qkv = make_qkv(case, DEVICE)
     expected = reference(case, *qkv)
-    assert_within(run_paged(case, qkv, num_splits), expected.out_THD, expected.out_error_THD)
+    out_THD = run_paged(case, qkv, num_splits, whole_tiles_most=most)
+    assert_within(out_THD, expected.out_THD, expected.out_error_THD)
 
 
-@given(cases(DTYPES, MAX_LEN), st.sampled_from([None, 1, 2, 8]))
-def test_decode_equals_definition(case: Case, num_splits: int | None) -> None:
+@given(cases(DTYPES, MAX_LEN), parts)
+def test_decode_equals_definition(case: Case, parts: tuple[int | None, int | None]) -> None:
+    num_splits, most = parts
     case = dataclasses.replace(case, q_lens=(1,) * len(case.kv_lens))
     qkv = make_qkv(case, DEVICE)
     expected = reference(case, *qkv)
-    assert_within(run_paged(case, qkv, num_splits), expected.out_THD, expected.out_error_THD)
+    out_THD = run_paged(case, qkv, num_splits, whole_tiles_most=most)
+    assert_within(out_THD, expected.out_THD, expected.out_error_THD)
 
 
 @given(
@@ -500,15 +519,16 @@ def test_neighbours_cannot_leak_in_gluon() -> None:
     cases(DTYPES, 50 if INTERPRETED else MAX_LEN).map(fewer),
     st.sampled_from([1, 8, 16, 24, 32, 64]),
     st.sampled_from([None, 1, 2, 3, 7] if not INTERPRETED else [1, 3]),
+    st.sampled_from([0, 1, 2]),
 )
 def test_paged_with_any_tile_equals_definition(
-    data: st.DataObject, case: Case, block_size: int, num_splits: int | None
+    data: st.DataObject, case: Case, block_size: int, num_splits: int | None, most: int
 ) -> None:
     """Cache blocks that divide a tile, that a tile divides, and neither."""
     case = dataclasses.replace(case, block_size=block_size)
     qkv = make_qkv(case, DEVICE)
     expected = reference(case, *qkv)
-    out_THD = run_paged(case, qkv, num_splits, data.draw(small_tiles(case, packed=True)))
+    out_THD = run_paged(case, qkv, num_splits, data.draw(small_tiles(case, packed=True)), most)
     assert_within(out_THD, expected.out_THD, expected.out_error_THD)
 
 
@@ -532,6 +552,101 @@ def test_whole_tiles_between_two_edges(num_splits: int, block_size: int, block_n
     out_THD = run_paged(case, qkv, num_splits, tile)
     assert_within(out_THD, expected.out_THD, expected.out_error_THD)
     assert_within(run_varlen(case, qkv, tile)[0], expected.out_THD, expected.out_error_THD)
+
+
+def fill_new_memory(monkeypatch: pytest.MonkeyPatch, bits: int) -> None:
+    """New float32 memory holds these bits, as it may where an earlier launch left them."""
+    empty = torch.empty
+
+    def filled(*args: Any, **kwargs: Any) -> Tensor:
+        made = empty(*args, **kwargs)
+        if made.dtype == torch.float32:
+            made.view(torch.int32).fill_(bits)
+        return made
+
+    monkeypatch.setattr(torch, "empty", filled)
+
+
+WHOLE_CASE = Case(
+    q_lens=(),
+    kv_lens=(),
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=40,
+    dtype=torch.float32,  # whose tiles are of 16 keys
+    causal=False,
+    window_size=(-1, -1),
+    softcap=0.0,
+    scale=0.2,
+    block_size=4,
+    seed=3,
+)
+WHOLE_TILE = Tile(16, 8, 16, 64, num_warps=4, num_stages=3)
+
+
+@pytest.mark.parametrize("num_splits", [2, 5])
+@pytest.mark.parametrize("tile", [None, WHOLE_TILE])
+@pytest.mark.parametrize(
+    ("q_lens", "kv_lens", "window_left"),
+    [
+        pytest.param((1, 1, 1, 1, 1), (49, 48, 0, 97, 16), -1, id="one each"),
+        pytest.param((3, 0, 0, 1, 1), (49, 48, 0, 97, 40), -1, id="not one each"),
+        pytest.param((1, 20, 1, 2, 0, 1), (48, 48, 49, 65, 7, 0), -1, id="one and many"),
+        pytest.param((10,), (48,), -1, id="many, whole"),
+        pytest.param((10,), (49,), -1, id="many, divided"),
+        # With a window tiles count from the first that is seen: 3 from key 48 on, 4 from 32 on.
+        pytest.param((1, 1, 1), (96, 91, 48), 40, id="window"),
+    ],
+)
+def test_sequences_of_few_tiles_are_whole_beside_divided_ones(
+    q_lens: tuple[int, ...],
+    kv_lens: tuple[int, ...],
+    window_left: int,
+    tile: Tile | None,
+    num_splits: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """To the bit what a launch gives in which all are whole, or all divided."""
+    fill_new_memory(monkeypatch, whole_mark.fn())
+    window = (window_left, -1)
+    case = dataclasses.replace(WHOLE_CASE, q_lens=q_lens, kv_lens=kv_lens, window_size=window)
+    qkv = make_qkv(case, DEVICE)
+    expected = reference(case, *qkv)
+    outs = [run_paged(case, qkv, num_splits, tile, most) for most in (0, 3, 1000)]
+    for out_THD in outs:
+        assert_within(out_THD, expected.out_THD, expected.out_error_THD)
+    rows = (out_THD.split(q_lens) for out_THD in outs)
+    for kv_len, divided_QHD, mine_QHD, whole_QHD in zip(kv_lens, *rows, strict=True):
+        first = 0 if window_left < 0 else max(kv_len - 1 - window_left, 0) // 16
+        num_tiles = -(-kv_len // 16) - first
+        assert torch.equal(mine_QHD, whole_QHD if num_tiles <= 3 else divided_QHD)
+        if num_tiles > 1 and len(mine_QHD):
+            assert not torch.equal(divided_QHD, whole_QHD)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
+@pytest.mark.parametrize("q_lens", [(1, 1, 1), (1, 2, 1)])
+def test_scores_that_are_no_numbers_give_nan_whole_or_divided(
+    q_lens: tuple[int, ...], softcap: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also NaN of the very bits that mark a whole row."""
+    fill_new_memory(monkeypatch, 0)  # what is not written is no NaN
+    case = dataclasses.replace(WHOLE_CASE, q_lens=q_lens, kv_lens=(40, 70, 30), softcap=softcap)
+    q_THD, k_TKD, v_TKD = make_qkv(case, DEVICE)
+    expected_THD = run_paged(case, (q_THD, k_TKD, v_TKD), 1)
+    mark = torch.tensor(whole_mark.fn(), dtype=torch.int32, device=DEVICE)
+    q_THD[0, 1].view(torch.int32).copy_(mark.expand(40))
+    v_TKD[40:, 0].view(torch.int32)[3].copy_(mark.expand(40))
+    q_THD[-1, 2] = torch.inf
+    is_nan_TH = torch.zeros(len(q_THD), 4, dtype=torch.bool, device=DEVICE)
+    is_nan_TH[0, 1] = is_nan_TH[-1, 2] = True
+    is_nan_TH[1:-1, :2] = True  # the heads of the first key/value head
+    if softcap:
+        is_nan_TH[-1, 2] = run_paged(case, (q_THD, k_TKD, v_TKD), 1)[-1, 2].isnan().any()
+    for most in (0, 3, 1000):
+        out_THD = run_paged(case, (q_THD, k_TKD, v_TKD), 3, whole_tiles_most=most)
+        assert torch.equal(out_THD.isnan(), is_nan_TH.unsqueeze(-1).expand(-1, -1, 40))
+        torch.testing.assert_close(out_THD[~is_nan_TH], expected_THD[~is_nan_TH])
 
 
 @pytest.mark.parametrize("scale", [-0.3, 0.0])
@@ -598,6 +713,29 @@ def test_splits_fill_the_gpu_where_there_are_few_sequences() -> None:
     assert chosen[1, 32768] in range(24, 34)
     assert chosen[8, 8192] in (4, 8)
     assert chosen[32, 1024] == chosen[256, 4096] == 1
+
+
+@given(st.integers(1, 600), st.integers(1, 64), st.integers(0, 300), st.integers(1, 600))
+def test_the_most_whole_tiles_are_the_last_before_parts_are_quicker(
+    num_programs: int, num_splits: int, num_tiles: int, num_slots: int
+) -> None:
+    def takes(splits: int, tiles: int) -> float:
+        return reckon_steps(num_programs, splits, tiles, num_slots)
+
+    most = choose_whole_tiles(num_splits, num_programs, num_tiles, num_slots)
+    assert 0 <= most <= num_tiles
+    assert all(0.9 * takes(1, tiles) <= takes(num_splits, tiles) for tiles in range(1, most + 1))
+    assert most == num_tiles or 0.9 * takes(1, most + 1) > takes(num_splits, most + 1)
+    chosen = choose_num_splits(num_programs, num_tiles, num_slots)
+    if chosen > 1:  # or the choice would serve no sequence
+        assert 1 <= choose_whole_tiles(chosen, num_programs, num_tiles, num_slots) < num_tiles
+
+
+def test_a_short_sequence_is_whole_where_the_table_is_wide() -> None:
+    """32 sequences, 8 key/value heads, a table of 64 tiles, three programs on each of 132."""
+    assert choose_num_splits(256, 64, 396) == 3
+    assert reckon_steps(256, 1, 6, 396) == 8 < reckon_steps(256, 3, 6, 396)
+    assert choose_whole_tiles(3, 256, 64, 396) == 20
 
 
 def test_a_token_stride_beyond_32_bit_offsets_is_copied() -> None:

@@ -246,7 +246,7 @@ def programs_at_once(compiled: Compiled) -> int:
     return min(65536 // registers, 228 * KIB // (compiled.shared_bytes + KIB))
 
 
-@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("group", [1, 2, 4])
 def test_no_tile_spills_on_hopper(group: int) -> None:
     """What a model with heads of 128 runs, prefill and decode."""
     # ptxas keeps one value on the stack in a decode tile of 96 or 128 registers.

@@ -384,6 +384,7 @@ def run_paged(x: Paged, heads: Heads, candidate: Candidate | None) -> Tensor:
     return paged_attention_triton(
         *x, window=CAUSAL, scale=heads.dim**-0.5, softcap=0.0,
         tile=candidate.tile, num_splits=candidate.num_splits,
+        whole_tiles_most=None if candidate.num_splits is None else 0,
     )  # fmt: skip
 
 
