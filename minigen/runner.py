@@ -33,7 +33,6 @@ from minigen.graphs import (
     StepGraphs,
 )
 from minigen.kernels import native
-from minigen.kernels.varlen_attention_gluon import SHORT_QUERIES
 from minigen.model import (
     Block,
     Decoder,
@@ -382,11 +381,8 @@ class Runner:
 
         Triton compiles a kernel at the first call that wants it, which takes a second or so.
         """
-        sizes = (1, 2, 4, 8, 16, 32, 64, 128)
-        if self.max_tokens >= 2 * (SHORT_QUERIES + 1):
-            sizes += (SHORT_QUERIES + 1,)
         for width in (2, min(USUAL_WIDTH, self._most_blocks)):
-            for queries in sizes:
+            for queries in (1, 2, 4, 8, 16, 32, 64, 128):
                 size = StepSize(num_tokens=2 * queries, num_seqs=2, num_rows=0, width=width)
                 hidden(*self._hidden_inputs(self._null_step(size)))
 

@@ -212,21 +212,21 @@ def test_warps_are_specialised_on_hopper(head_dim: int, block_n: int) -> None:
 
 
 @pytest.mark.skipif(not KNOWN_GLUON, reason="this Triton's Gluon was never tried")
-@pytest.mark.parametrize("paged", [False, True])
 @pytest.mark.parametrize(
-    ("head_dim", "group", "has_left", "floats", "tile"),
+    ("head_dim", "group", "has_left", "floats", "tile", "paged"),
     [
-        (128, 4, False, "bf16", DEFAULT_TILE),
-        (128, 1, True, "bf16", DEFAULT_TILE),
-        (64, 8, True, "fp16", DEFAULT_TILE),
-        (128, 4, False, "bf16", SHORT_TILE),
-        (128, 2, True, "fp16", SHORT_TILE),
+        (128, 4, False, "bf16", DEFAULT_TILE, False),
+        (128, 1, True, "bf16", DEFAULT_TILE, False),
+        (64, 8, True, "fp16", DEFAULT_TILE, False),
+        (128, 4, False, "bf16", DEFAULT_TILE, True),
+        (64, 8, True, "fp16", DEFAULT_TILE, True),
+        (128, 2, True, "fp16", SHORT_TILE, False),
     ],
 )
 def test_gluon_attention(
     head_dim: int, group: int, has_left: bool, floats: str, tile: GluonTile, paged: bool
 ) -> None:
-    sizes = Sizes(head_dim, group, *tile, has_left, True, paged, skips_one=paged)
+    sizes = Sizes(head_dim, group, *tile, has_left, True, paged)
     compiled = compile_gluon_ahead(sizes, floats)
     assert compiled.num_warps == 12  # two groups that multiply, and one of which a warp loads
     assert compiled.warp_specialized
