@@ -106,8 +106,9 @@ def test_steps_of_all_sizes_fill_two_pieces_by_turns() -> None:
     pieces = {buffer.host().whole.data_ptr() for buffer in buffers}
     assert len(pieces) == 2
     hosts.reserve(1 << 20)  # a larger size appears while others are known
-    host = small.host()
-    host.step["tokens_T"][:] = 7
-    small.upload(host)
-    assert small.step.tokens_T.tolist() == [7, 7]
-    assert host.whole.data_ptr() not in pieces
+    for token in (7, 8):  # each of the two, of which `small` has seen one before
+        host = small.host()
+        host.step["tokens_T"][:] = token
+        small.upload(host)
+        assert small.step.tokens_T.tolist() == [token] * 2
+        assert host.whole.data_ptr() not in pieces
