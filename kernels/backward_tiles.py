@@ -132,6 +132,60 @@ def row_offsets(first_row, row_M, stride_t, stride_h, GROUP: tl.constexpr):
 
 
 @triton.jit
+def load_rows(
+    q_ptr,
+    dout_ptr,
+    out_ptr,
+    lse_ptr,
+    dlse_ptr,
+    q_start,
+    num_queries,
+    first_row,
+    kv_head,
+    num_tokens,
+    q_stride_t,
+    q_stride_h,
+    dout_stride_t,
+    dout_stride_h,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """A tile's rows of a sequence: their numbers, whether they lie in it, their queries and dO,
+    where they begin in a packed tensor (first one, and from there on), shift and delta.
+
+    shift is the lse in base 2. For a row that saw no key (lse -inf) it is +inf, so that all its
+    weights come out as 0.
+    """
+    row_M = first_row + tl.arange(0, BLOCK_M)
+    in_sequence_M = row_M < num_queries * GROUP
+    dim_D = tl.arange(0, BLOCK_D)
+    num_heads = tl.num_programs(1) * GROUP
+    # Tokens times strides pass 2**31 in long batches: those products are taken in 64 bits.
+    q_ptr += q_start.to(tl.int64) * q_stride_t + kv_head * GROUP * q_stride_h
+    dout_ptr += q_start.to(tl.int64) * dout_stride_t + kv_head * GROUP * dout_stride_h
+    packed = (q_start.to(tl.int64) * num_heads + kv_head * GROUP) * HEAD_DIM
+    base, offset_M = row_offsets(first_row, row_M, q_stride_t, q_stride_h, GROUP)
+    q_MD = load_tile(q_ptr + base, offset_M, in_sequence_M, dim_D, HEAD_DIM, True)
+    base, offset_M = row_offsets(first_row, row_M, dout_stride_t, dout_stride_h, GROUP)
+    dout_MD = load_tile(dout_ptr + base, offset_M, in_sequence_M, dim_D, HEAD_DIM, True)
+    base, packed_M = row_offsets(first_row, row_M, num_heads * HEAD_DIM, HEAD_DIM, GROUP)
+    packed += base
+    out_MD = load_tile(out_ptr + packed, packed_M, in_sequence_M, dim_D, HEAD_DIM, True)
+
+    head_M = kv_head * GROUP + row_M % GROUP
+    lse_offset_M = head_M * num_tokens + q_start + row_M // GROUP
+    lse_M = tl.load(lse_ptr + lse_offset_M, mask=in_sequence_M, other=float("-inf"))
+    dlse_M = tl.load(dlse_ptr + lse_offset_M, mask=in_sequence_M, other=0.0)
+    delta_M = tl.sum(dout_MD.to(tl.float32) * out_MD.to(tl.float32), 1) - dlse_M
+    blind_M = lse_M == float("-inf")
+    shift_M = tl.where(blind_M, float("inf"), lse_M * 1.4426950408889634)  # log2 e
+    delta_M = tl.where(blind_M, 0.0, delta_M)
+    return row_M, in_sequence_M, q_MD, dout_MD, packed, packed_M, shift_M, delta_M
+
+
+@triton.jit
 def in_window(distance, window_left, window_right, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr):
     """True where a key at this distance from a query (positive: later) is seen by it."""
     visible = distance == distance

@@ -140,8 +140,38 @@ def norm_rows_kernel(
 
 
 @triton.jit
-def multiply(x_BTC, w_BFC, acc_BTF):
-    return tl.dot(x_BTC, tl.permute(w_BFC, (0, 2, 1)), acc_BTF)
+def load_weight(
+    ptr, row_F, NUM_INPUTS: tl.constexpr, BLOCK_E: tl.constexpr, NUM_WARPS: tl.constexpr
+):
+    """All chunks of some rows: MAX_CHUNKS tensors by name, for Triton has no list of them that a
+    constant range could walk over. Of those that the inputs do not reach none is read."""
+    w0_BFC = load_chunk(ptr, row_F, NUM_INPUTS, 0, NUM_INPUTS, BLOCK_E, NUM_WARPS)
+    w1_BFC = w0_BFC
+    w2_BFC = w0_BFC
+    w3_BFC = w0_BFC
+    if NUM_INPUTS > BLOCK_E:
+        w1_BFC = load_chunk(ptr, row_F, NUM_INPUTS, 1, NUM_INPUTS, BLOCK_E, NUM_WARPS)
+    if NUM_INPUTS > 2 * BLOCK_E:
+        w2_BFC = load_chunk(ptr, row_F, NUM_INPUTS, 2, NUM_INPUTS, BLOCK_E, NUM_WARPS)
+    if NUM_INPUTS > 3 * BLOCK_E:
+        w3_BFC = load_chunk(ptr, row_F, NUM_INPUTS, 3, NUM_INPUTS, BLOCK_E, NUM_WARPS)
+    return w0_BFC, w1_BFC, w2_BFC, w3_BFC
+
+
+@triton.jit
+def multiply(x_BTC, weight, CHUNK: tl.constexpr, acc_BTF):
+    """x of a chunk times the same chunk of `load_weight`."""
+    return tl.dot(x_BTC, tl.permute(weight[CHUNK], (0, 2, 1)), acc_BTF)
+
+
+@triton.jit
+def gated(gate, up, ACTIVATION: tl.constexpr):
+    """activation(gate) * up: "silu" or "gelu_tanh"."""
+    twice_u = gate
+    if ACTIVATION == "gelu_tanh":
+        # (1 + tanh(u)) / 2 is the logistic function of 2u.
+        twice_u = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate)
+    return gate / (1.0 + tl.exp(-twice_u)) * up
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -172,22 +202,9 @@ def few_rows_dot_kernel(
     # In 64 bits: the weight may have more than 2**31 elements.
     rows_ptr = weight_ptr + first.to(tl.int64) * NUM_INPUTS
     up_ptr = rows_ptr + NUM_OUTPUTS * NUM_INPUTS
-    # By name, not in a list: Triton has none of tensors that a constant range could walk over.
-    w0_BFC = load_chunk(rows_ptr, row_F, NUM_INPUTS, 0, NUM_INPUTS, BLOCK_E, NUM_WARPS)
-    if NUM_INPUTS > BLOCK_E:
-        w1_BFC = load_chunk(rows_ptr, row_F, NUM_INPUTS, 1, NUM_INPUTS, BLOCK_E, NUM_WARPS)
-    if NUM_INPUTS > 2 * BLOCK_E:
-        w2_BFC = load_chunk(rows_ptr, row_F, NUM_INPUTS, 2, NUM_INPUTS, BLOCK_E, NUM_WARPS)
-    if NUM_INPUTS > 3 * BLOCK_E:
-        w3_BFC = load_chunk(rows_ptr, row_F, NUM_INPUTS, 3, NUM_INPUTS, BLOCK_E, NUM_WARPS)
+    weight = load_weight(rows_ptr, row_F, NUM_INPUTS, BLOCK_E, NUM_WARPS)
     if ACTIVATION != "":
-        up0_BFC = load_chunk(up_ptr, row_F, NUM_INPUTS, 0, NUM_INPUTS, BLOCK_E, NUM_WARPS)
-        if NUM_INPUTS > BLOCK_E:
-            up1_BFC = load_chunk(up_ptr, row_F, NUM_INPUTS, 1, NUM_INPUTS, BLOCK_E, NUM_WARPS)
-        if NUM_INPUTS > 2 * BLOCK_E:
-            up2_BFC = load_chunk(up_ptr, row_F, NUM_INPUTS, 2, NUM_INPUTS, BLOCK_E, NUM_WARPS)
-        if NUM_INPUTS > 3 * BLOCK_E:
-            up3_BFC = load_chunk(up_ptr, row_F, NUM_INPUTS, 3, NUM_INPUTS, BLOCK_E, NUM_WARPS)
+        up_weight = load_weight(up_ptr, row_F, NUM_INPUTS, BLOCK_E, NUM_WARPS)
     if HAS_BIAS:
         bias_F = tl.load(bias_ptr + column_F).to(tl.float32)
         if ACTIVATION != "":
@@ -209,22 +226,9 @@ def few_rows_dot_kernel(
             next_BTC = load_chunk(
                 x_ptr, row_T, x_stride_t, chunk + 1, NUM_INPUTS, BLOCK_E, NUM_WARPS
             )
-        if chunk == 0:
-            acc_BTF = multiply(x_BTC, w0_BFC, acc_BTF)
-            if ACTIVATION != "":
-                up_BTF = multiply(x_BTC, up0_BFC, up_BTF)
-        elif chunk == 1:
-            acc_BTF = multiply(x_BTC, w1_BFC, acc_BTF)
-            if ACTIVATION != "":
-                up_BTF = multiply(x_BTC, up1_BFC, up_BTF)
-        elif chunk == 2:
-            acc_BTF = multiply(x_BTC, w2_BFC, acc_BTF)
-            if ACTIVATION != "":
-                up_BTF = multiply(x_BTC, up2_BFC, up_BTF)
-        else:
-            acc_BTF = multiply(x_BTC, w3_BFC, acc_BTF)
-            if ACTIVATION != "":
-                up_BTF = multiply(x_BTC, up3_BFC, up_BTF)
+        acc_BTF = multiply(x_BTC, weight, chunk, acc_BTF)
+        if ACTIVATION != "":
+            up_BTF = multiply(x_BTC, up_weight, chunk, up_BTF)
 
     out_TF = tl.sum(acc_BTF, 0)
     if HAS_BIAS:
@@ -233,12 +237,7 @@ def few_rows_dot_kernel(
         up_TF = tl.sum(up_BTF, 0)
         if HAS_BIAS:
             up_TF += up_bias_F[None, :]
-        if ACTIVATION == "silu":
-            out_TF = out_TF / (1.0 + tl.exp(-out_TF)) * up_TF
-        else:
-            # (1 + tanh(u)) / 2 is the logistic function of 2u.
-            twice_u_TF = 1.5957691216057308 * (out_TF + 0.044715 * out_TF * out_TF * out_TF)
-            out_TF = out_TF / (1.0 + tl.exp(-twice_u_TF)) * up_TF
+        out_TF = gated(out_TF, up_TF, ACTIVATION)
     if HAS_RESIDUAL:
         out_TF += residual_TF.to(tl.float32)
     is_output_TF = (token_T < num_rows)[:, None]

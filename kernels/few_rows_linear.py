@@ -32,6 +32,7 @@ from minigen.kernels.few_rows_dot import (
     MAX_DOT_ROWS,
     DotTile,
     few_rows_dot_triton,
+    gated,
 )
 from minigen.kernels.tiles import on_device_of, power_of_two
 from minigen.kernels.triton_import import tl, triton
@@ -320,12 +321,7 @@ def few_rows_linear_kernel(
             up_F = tl.sum(up_w_FE.to(tl.float32) * x_E[None, :], 1) * scale
             if HAS_BIAS:
                 up_F += up_bias_F
-            if ACTIVATION == "silu":
-                out_F = out_F / (1.0 + tl.exp(-out_F)) * up_F
-            else:
-                # (1 + tanh(u)) / 2 is the logistic function of 2u.
-                twice_u_F = 1.5957691216057308 * (out_F + 0.044715 * out_F * out_F * out_F)
-                out_F = out_F / (1.0 + tl.exp(-twice_u_F)) * up_F
+            out_F = gated(out_F, up_F, ACTIVATION)
         if HAS_RESIDUAL:
             residual_F = tl.load(residual_ptr + t * residual_stride_t + first + row_F)
             out_F += residual_F.to(tl.float32)

@@ -25,6 +25,7 @@ from minigen.kernels.backward_tiles import (
     choose_backward_tiles,
     find_block,
     in_window,
+    load_rows,
     load_tile,
     row_offsets,
 )
@@ -312,8 +313,7 @@ def query_gradient_kernel(
 ):
     """One program: BLOCK_M rows of one sequence and key/value head, all their keys.
 
-    Also writes what the other kernel needs of each row: delta, and shift, the lse in base 2. For a
-    row that saw no key (lse -inf) shift is +inf, so that all its weights come out as 0.
+    Also writes what the other kernel needs of each row: shift and delta (`load_rows`).
     """
     # Late queries see most keys where attention is causal: the longest programs start first.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -326,33 +326,14 @@ def query_gradient_kernel(
     k_start = tl.load(cu_seqlens_k_ptr + seq)
     num_keys = tl.load(cu_seqlens_k_ptr + seq + 1) - k_start
 
-    row_M = first_row + tl.arange(0, BLOCK_M)
-    in_sequence_M = row_M < num_queries * GROUP
+    row_M, in_sequence_M, q_MD, dout_MD, packed, packed_M, shift_M, delta_M = load_rows(
+        q_ptr, dout_ptr, out_ptr, lse_ptr, dlse_ptr, q_start, num_queries, first_row, kv_head,
+        num_tokens, q_stride_t, q_stride_h, dout_stride_t, dout_stride_h,
+        GROUP, HEAD_DIM, BLOCK_D, BLOCK_M,
+    )  # fmt: skip
     dim_D = tl.arange(0, BLOCK_D)
-    num_heads = tl.num_programs(1) * GROUP
-    # Tokens times strides pass 2**31 in long batches: those products are taken in 64 bits.
-    q_ptr += q_start.to(tl.int64) * q_stride_t + kv_head * GROUP * q_stride_h
-    dout_ptr += q_start.to(tl.int64) * dout_stride_t + kv_head * GROUP * dout_stride_h
-    packed = (q_start.to(tl.int64) * num_heads + kv_head * GROUP) * HEAD_DIM
     k_ptr += k_start.to(tl.int64) * k_stride_t + kv_head * k_stride_h
     v_ptr += k_start.to(tl.int64) * v_stride_t + kv_head * v_stride_h
-
-    base, offset_M = row_offsets(first_row, row_M, q_stride_t, q_stride_h, GROUP)
-    q_MD = load_tile(q_ptr + base, offset_M, in_sequence_M, dim_D, HEAD_DIM, True)
-    base, offset_M = row_offsets(first_row, row_M, dout_stride_t, dout_stride_h, GROUP)
-    dout_MD = load_tile(dout_ptr + base, offset_M, in_sequence_M, dim_D, HEAD_DIM, True)
-    base, packed_M = row_offsets(first_row, row_M, num_heads * HEAD_DIM, HEAD_DIM, GROUP)
-    packed += base
-    out_MD = load_tile(out_ptr + packed, packed_M, in_sequence_M, dim_D, HEAD_DIM, True)
-
-    head_M = kv_head * GROUP + row_M % GROUP
-    lse_offset_M = head_M * num_tokens + q_start + row_M // GROUP
-    lse_M = tl.load(lse_ptr + lse_offset_M, mask=in_sequence_M, other=float("-inf"))
-    dlse_M = tl.load(dlse_ptr + lse_offset_M, mask=in_sequence_M, other=0.0)
-    delta_M = tl.sum(dout_MD.to(tl.float32) * out_MD.to(tl.float32), 1) - dlse_M
-    blind_M = lse_M == float("-inf")
-    shift_M = tl.where(blind_M, float("inf"), lse_M * 1.4426950408889634)  # log2 e
-    delta_M = tl.where(blind_M, 0.0, delta_M)
     row_offset = (kv_head * num_tokens + q_start) * GROUP
     tl.store(shift_ptr + row_offset + row_M, shift_M, mask=in_sequence_M)
     tl.store(delta_ptr + row_offset + row_M, delta_M, mask=in_sequence_M)

@@ -443,6 +443,10 @@ def loading_warp(descs, buffers, bars, pointers, numbers, sizes: constexpr):
         )
         last_start = low + (count - 1) * sizes.block_n
         is_real = first_query < num_queries
+        source = (
+            slot, k_start, num_keys, k_desc, v_desc, k_tiles, v_tiles, bars,
+            block_table_ptr, table_stride,
+        )  # fmt: skip
         if is_real:
             send_tile(tile_numbers, bars, turn, slot, q_start, num_queries, first_query, num_keys)
             phase = (turn // sizes.query_stages) & 1
@@ -460,21 +464,7 @@ def loading_warp(descs, buffers, bars, pointers, numbers, sizes: constexpr):
                         q_desc.layout,
                     ),
                 )
-            load_keys_and_values(
-                index,
-                last_start,
-                slot,
-                k_start,
-                num_keys,
-                k_desc,
-                v_desc,
-                k_tiles,
-                v_tiles,
-                bars,
-                block_table_ptr,
-                table_stride,
-                sizes,
-            )
+            load_keys_and_values(index, last_start, *source, sizes)
         # The next tile is looked up while the first keys of this one are on their way.
         tile = gl.atomic_add(next_tile_ptr, 1) + gl.num_programs(0)
         after = find_tile(
@@ -487,21 +477,7 @@ def loading_warp(descs, buffers, bars, pointers, numbers, sizes: constexpr):
         )
         if is_real:
             for i in range(1, count):
-                load_keys_and_values(
-                    index + i,
-                    last_start - i * sizes.block_n,
-                    slot,
-                    k_start,
-                    num_keys,
-                    k_desc,
-                    v_desc,
-                    k_tiles,
-                    v_tiles,
-                    bars,
-                    block_table_ptr,
-                    table_stride,
-                    sizes,
-                )
+                load_keys_and_values(index + i, last_start - i * sizes.block_n, *source, sizes)
             index += count
             turn += 1
         slot, q_start, num_queries, first_query, k_start, num_keys = after
