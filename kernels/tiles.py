@@ -119,6 +119,12 @@ def shared_bytes_of(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
+def has_bulk_copies(capability: tuple[int, int]) -> bool:
+    """Whether a GPU has Hopper's copies by descriptor; some of AMD's have capability 9, too, and
+    none."""
+    return capability[0] == 9 and torch.version.hip is None
+
+
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -16,8 +16,6 @@ Shapes as there; R rows of `rows_2HR`: each sequence's queries, from a multiple 
 # Triton annotates a descriptor's shape and strides as tensors, and takes numbers.
 # pyright: reportArgumentType=false
 
-import torch
-
 from minigen.kernels.backward_tiles import (
     BackwardTile,
     BackwardTiles,
@@ -26,7 +24,7 @@ from minigen.kernels.backward_tiles import (
     load_rows,
     load_tile,
 )
-from minigen.kernels.tiles import wait_for
+from minigen.kernels.tiles import has_bulk_copies, wait_for
 from minigen.kernels.triton_import import tl, triton
 
 ROW_ALIGNMENT = 4  # float32
@@ -38,22 +36,22 @@ def padded_rows(num_tokens: int, num_seqs: int) -> int:
 
 
 def prefers_backward_descriptors(queries: int, head_dim: int, capability: tuple[int, int]) -> bool:
-    """Whether to take these kernels for sequences of about `queries` queries each. Not timed.
+    """Whether to take these kernels for sequences of about `queries` queries each.
 
-    A program first writes its descriptors, about a microsecond each; one of a shorter sequence has
-    a tile or two. Some of AMD's GPUs have capability 9, too, and no bulk copies.
+    H200, 32 heads of 128, TFLOP/s with descriptors and of the pair without: 16 x 1024 251 and 233,
+    4 x 4096 354 and 346, 1 x 16384 421 and 384. A program first writes its descriptors, about a
+    microsecond each; one of a shorter sequence has a tile or two, and was not timed.
     """
-    if capability[0] != 9 or torch.version.hip is not None:
-        return False
-    return 64 <= head_dim <= 128 and queries >= 64
+    return has_bulk_copies(capability) and 64 <= head_dim <= 128 and queries >= 64
 
 
 def choose_backward_descriptor_tiles(head_dim: int) -> BackwardTiles:
     """No tile of these spills on sm_90 (Triton 3.6 and 3.7), and none serialises its products.
 
     Two programs of 64 keys in 4 warps share a multiprocessor, so that one's exponents are computed
-    while the other multiplies. For queries that would read keys from the L2 twice as often for
-    three products, where keys read queries for four. Reckoned, not timed: `tools/LOG.md`.
+    while the other multiplies: 251, 354 and 421 where one of 128 keys in 8 warps gives 221, 341 and
+    395 (rows as above). For queries that would read keys from the L2 twice as often for three
+    products, where keys read queries for four. Heads of 64 were not timed.
     """
     stages = 3 if head_dim <= 64 else 2
     return BackwardTiles(BackwardTile(128, 64, 8, 3), BackwardTile(64, 64, 4, stages))

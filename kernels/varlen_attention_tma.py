@@ -22,6 +22,7 @@ from minigen.kernels.tiles import (
     HOPPER_SHARED_BYTES,
     Tile,
     find_queries,
+    has_bulk_copies,
     key_range,
     power_of_two,
     scores,
@@ -54,11 +55,10 @@ def prefers_descriptors(queries: int, head_dim: int, capability: tuple[int, int]
     and 472, 4 x 4096 518 and 428, 16 x 1024 366 and 325, 16 x 512 250 and 241, 64 sequences of mean
     298 335 and 307. A program first writes its two descriptors, about 1.7 us, so that shorter
     sequences, which were not measured, should gain nothing. Heads of 64: 437 and 420, 398 and 398,
-    275 and 300. Some of AMD's GPUs have capability 9, too, and no bulk copies.
+    275 and 300.
     """
-    if capability[0] != 9 or torch.version.hip is not None:
-        return False
-    return 64 <= head_dim <= 128 and queries >= (4096 if head_dim == 64 else 256)
+    enough = 4096 if head_dim == 64 else 256
+    return has_bulk_copies(capability) and 64 <= head_dim <= 128 and queries >= enough
 
 
 def choose_descriptor_tile(
