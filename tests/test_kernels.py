@@ -5,6 +5,7 @@ B tokens a block, W width of the block table.
 """
 
 import dataclasses
+import importlib
 import math
 import os
 import re
@@ -500,3 +501,26 @@ def test_triton_kernels_in_the_interpreter() -> None:
     assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-2000:]
     assert " passed" in finished.stdout
     assert "skipped" not in finished.stdout
+
+
+def test_attention_starts_early_only_beside_lengths_that_are_not_copied(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What copies them is the kernel before, which an early start would not wait for."""
+    module = importlib.import_module("minigen.kernels.paged_attention")
+    early: list[bool] = []
+    monkeypatch.setattr(module, "paged_attention_triton", lambda *_, pdl, **__: early.append(pdl))
+    monkeypatch.setattr(module, "has_dependent_launch", lambda device: True)
+    q_THD, cache_NBKD = torch.zeros(2, 4, 8), torch.zeros(1, 4, 2, 8)
+    offsets, kv_lens = (torch.arange(n, dtype=torch.int32) for n in (3, 2))
+    table = torch.zeros(2, 1, dtype=torch.int32)
+
+    def starts_early(offsets: Tensor, kv_lens: Tensor, pdl: bool = True) -> bool:
+        lengths = offsets, kv_lens, table
+        module._cuda(q_THD, cache_NBKD, cache_NBKD, *lengths, None, (-1, -1), 0.0, True, False, pdl)
+        return early.pop()
+
+    assert starts_early(offsets, kv_lens)
+    assert not starts_early(offsets, kv_lens, pdl=False)
+    assert not starts_early(offsets.repeat_interleave(2)[::2], kv_lens)
+    assert not starts_early(offsets, kv_lens.repeat_interleave(2)[::2])
