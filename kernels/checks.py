@@ -291,6 +291,34 @@ def check_few_rows_linear(
     _require_same_device(x_TE.device, weight=weight_GE)
 
 
+def check_tile_linear(
+    x_TE: Tensor, weight_GE: Tensor, bias_G: Tensor | None, activation: str, parts: int
+) -> None:
+    """Raises ValueError unless all fit each other as `tile_linear` wants it."""
+    check_few_rows_linear(x_TE, weight_GE, bias_G, None, None, activation)
+    if parts < 0 or (parts and activation):
+        what = "0 beside an activation" if activation else "0 or more"
+        raise ValueError(f"parts must be {what}, got {parts}")
+
+
+def check_sum_norm(x_TE: Tensor, part_PTE: Tensor, norm_weight_E: Tensor) -> None:
+    """Raises ValueError unless shapes, dtypes and devices fit each other."""
+    _require(x_TE, "x", 2, _float_dtypes(x_TE.device))
+    _require(part_PTE, "part", 3, (torch.float32,))
+    _require(norm_weight_E, "norm_weight", 1, (x_TE.dtype,))
+    num_rows, num_inputs = x_TE.shape
+    for name, tensor, shape in (
+        ("part", part_PTE, (part_PTE.shape[0], num_rows, num_inputs)),
+        ("norm_weight", norm_weight_E, (num_inputs,)),
+    ):
+        if tuple(tensor.shape) != shape or not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} must be contiguous and have shape {shape}, got {tuple(tensor.shape)} "
+                f"and strides {tensor.stride()}"
+            )
+        _require_same_device(x_TE.device, **{name: tensor})
+
+
 def check_draw_tokens(
     logits_RV: Tensor,
     temperature_R: Tensor,

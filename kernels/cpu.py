@@ -5,6 +5,7 @@ heads that share a key/value head, D head dim.
 """
 
 import torch
+import torch.nn.functional as functional
 from torch import Tensor
 
 from minigen.kernels.checks import Window
@@ -132,3 +133,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tens
     wide = x.float()
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return (wide * (weight.float() + offset)).to(x.dtype)
+
+
+def gated_linear(x_TE: Tensor, weight_GE: Tensor, bias_G: Tensor | None, activation: str) -> Tensor:
+    """x @ weight.T + bias; with an activation, that of the first half times the second half."""
+    out = functional.linear(x_TE, weight_GE, bias_G)
+    if not activation:
+        return out
+    gate, up = out.chunk(2, -1)
+    is_silu = activation == "silu"
+    return (functional.silu(gate) if is_silu else functional.gelu(gate, approximate="tanh")) * up

@@ -17,6 +17,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from minigen.kernels.dependent_launch import launch_options, wait_for_predecessor
+from minigen.kernels.sum_norm import norm_rows
 from minigen.kernels.tiles import on_device_of, power_of_two
 from minigen.kernels.triton_import import tl, triton
 
@@ -60,20 +61,7 @@ def few_rows_dot_triton(
         tile = choose_dot_tile(num_inputs)
     with on_device_of(x_TE):
         if norm_weight_E is not None:
-            normed_TE = x_TE.new_empty(num_rows, num_inputs)
-            norm_rows_kernel[(num_rows,)](
-                x_TE,
-                norm_weight_E,
-                normed_TE,
-                x_TE.stride(0),
-                eps,
-                norm_offset,
-                NUM_INPUTS=num_inputs,
-                BLOCK_E=power_of_two(num_inputs),
-                num_warps=4,
-                **launch_options(pdl),
-            )
-            x_TE = normed_TE
+            x_TE = norm_rows(x_TE, None, norm_weight_E, None, eps, norm_offset, pdl)
         few_rows_dot_kernel[(-(-num_outputs // tile.block_f),)](
             x_TE,
             weight_GE,
@@ -112,31 +100,6 @@ def load_chunk(
         return tl.load(ptr_BRC)
     else:
         return tl.load(ptr_BRC, mask=(input_BC < NUM_INPUTS)[:, None, :], other=0.0)
-
-
-@triton.jit
-def norm_rows_kernel(
-    x_ptr,
-    weight_ptr,
-    out_ptr,
-    x_stride_t,
-    eps,
-    norm_offset,
-    NUM_INPUTS: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """One program: the RMS norm of a row (arXiv 1910.07467), rounded once."""
-    row = tl.program_id(0).to(tl.int64)
-    input_E = tl.arange(0, BLOCK_E)
-    inside_E = input_E < NUM_INPUTS
-    weight_E = tl.load(weight_ptr + input_E, mask=inside_E, other=0.0).to(tl.float32) + norm_offset
-    if PDL:
-        wait_for_predecessor()
-    x_E = tl.load(x_ptr + row * x_stride_t + input_E, mask=inside_E, other=0.0).to(tl.float32)
-    scale = tl.rsqrt(tl.sum(x_E * x_E, 0) * (1.0 / NUM_INPUTS) + eps)
-    out_E = (x_E * scale * weight_E).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + row * NUM_INPUTS + input_E, out_E, mask=inside_E)
 
 
 @triton.jit

@@ -16,11 +16,10 @@ Shapes: T packed tokens, E inputs, F outputs, G rows of the weight (F, or 2F wit
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as functional
 from torch import Tensor
 
 from minigen.kernels.checks import check_few_rows_linear
-from minigen.kernels.cpu import rms_norm
+from minigen.kernels.cpu import gated_linear, rms_norm
 from minigen.kernels.dependent_launch import (
     has_dependent_launch,
     launch_options,
@@ -94,12 +93,7 @@ def _cpu(
     check_few_rows_linear(x_TE, weight_GE, bias_G, residual_TF, norm_weight_E, activation)
     if norm_weight_E is not None:
         x_TE = rms_norm(x_TE, norm_weight_E, eps, norm_offset)
-    out = functional.linear(x_TE, weight_GE, bias_G)
-    if activation:
-        gate, up = out.chunk(2, -1)
-        is_silu = activation == "silu"
-        gate = functional.silu(gate) if is_silu else functional.gelu(gate, approximate="tanh")
-        out = gate * up
+    out = gated_linear(x_TE, weight_GE, bias_G, activation)
     return out if residual_TF is None else residual_TF + out
 
 

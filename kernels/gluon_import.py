@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     gl: Any
     hopper: Any
     TensorDescriptor: Any
+    program_barrier: Any
     KNOWN_GLUON: bool
 else:
     try:
@@ -29,6 +30,8 @@ else:
         from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
         from triton.language import constexpr
 
+        # Triton 3.7 has another name for it.
+        program_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
         KNOWN_GLUON = True
     except (AttributeError, ImportError):
 
@@ -36,7 +39,15 @@ else:
             return function if function is not None else lambda function: function
 
         gluon = SimpleNamespace(jit=_jit)
-        gl = hopper = TensorDescriptor = constexpr = None
+        gl = hopper = TensorDescriptor = constexpr = program_barrier = None
         KNOWN_GLUON = False
 
-__all__ = ["KNOWN_GLUON", "TensorDescriptor", "constexpr", "gl", "gluon", "hopper"]
+__all__ = [
+    "KNOWN_GLUON",
+    "TensorDescriptor",
+    "constexpr",
+    "gl",
+    "gluon",
+    "hopper",
+    "program_barrier",
+]

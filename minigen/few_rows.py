@@ -8,11 +8,19 @@ in `model.py`.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from minigen.kernels import few_rows_linear, paged_attention, rope_cache_write
+from minigen.kernels import (
+    few_rows_linear,
+    paged_attention,
+    rope_cache_write,
+    sum_norm,
+    tile_linear,
+)
 from minigen.kernels.few_rows_linear import MAX_INPUTS, PLAIN_ROWS, multiplies_tiles
-from minigen.model import Block, DecoderConfig, LayerKV
+from minigen.kernels.tile_linear_gluon import choose_parts
+from minigen.kernels.varlen_attention_gluon import runs_gluon
+from minigen.model import Attention, Block, DecoderConfig, LayerKV
 
 # How the kernel names what config.json calls so.
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -20,21 +28,51 @@ _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 # and 16 rows, cuBLAS's products with Inductor's kernels 33, 37, 31 and 31. With a second tile of
 # rows at 24 it is 35 and 32 (H200).
 MAX_ROWS = 16
+# With `tiled_layer`: 18.7, 19.3 and 24.4 us at 32, 64 and 128 rows; cuBLAS's products with
+# Inductor's kernels 34, 37 at 32 and 128 (H200).
+TILED_ROWS = (5, 256)
+TILED_WIDTH = 4096  # wider ones were not timed
 
 
 def serves_few_rows(
     config: DecoderConfig, num_rows: int, device: torch.device, dtype: torch.dtype
 ) -> bool:
     """Whether `few_rows_layer` does what a layer of this model is, and is quicker."""
-    widest = max(config.hidden_size, config.num_heads * config.head_dim, config.intermediate_size)
+    widest = _widest(config)
     return (
-        device.type == "cuda"
+        _is_known(config, device)
         and num_rows <= MAX_ROWS
         and (num_rows <= PLAIN_ROWS or multiplies_tiles(num_rows, widest, dtype))
         and widest <= MAX_INPUTS
-        and config.activation in _ACTIVATIONS
-        and not config.post_norms
     )
+
+
+def serves_tiles(
+    config: DecoderConfig, num_rows: int, device: torch.device, dtype: torch.dtype
+) -> bool:
+    """Whether `tiled_layer` does what a layer of this model is, and is quicker."""
+    return (
+        _is_known(config, device)
+        and runs_gluon(device)
+        and TILED_ROWS[0] <= num_rows <= TILED_ROWS[1]
+        and _widest(config) <= TILED_WIDTH
+        and dtype.itemsize == 2
+        # Rows of descriptors are multiples of 16 bytes.
+        and all(width % 8 == 0 for width in _widths(config))
+    )
+
+
+def _is_known(config: DecoderConfig, device: torch.device) -> bool:
+    known = config.activation in _ACTIVATIONS and not config.post_norms
+    return device.type == "cuda" and known
+
+
+def _widths(config: DecoderConfig) -> tuple[int, int, int]:
+    return config.hidden_size, config.num_heads * config.head_dim, config.intermediate_size
+
+
+def _widest(config: DecoderConfig) -> int:
+    return max(_widths(config))
 
 
 def few_rows_layer(
@@ -51,15 +89,67 @@ def few_rows_layer(
     """
     attention, mlp = block.attention, block.mlp
     config = attention.config
-    q_weight_D = k_weight_D = None
-    if config.qk_norm:
-        q_weight_D, k_weight_D = attention.q_norm.weight, attention.k_norm.weight
     # Kernels begin while the one before still runs, see `dependent_launch`.
     norm = {"eps": config.rms_norm_eps, "norm_offset": config.norm_offset, "pdl": True}
     qkv_TF = few_rows_linear(
         x_TE, attention.qkv_proj.weight, attention.qkv_proj.bias,
         norm_weight_E=block.input_norm.weight, **norm,
     )  # fmt: skip
+    out_TE = _attend(attention, qkv_TF, cos_TR, sin_TR, cu_seqlens_S1, kv)
+    x_TE = few_rows_linear(out_TE, attention.o_proj.weight, attention.o_proj.bias, x_TE, pdl=True)
+    hidden_TF = few_rows_linear(
+        x_TE, mlp.gate_up_proj.weight, mlp.gate_up_proj.bias, norm_weight_E=block.mlp_norm.weight,
+        activation=_ACTIVATIONS[config.activation], **norm,
+    )  # fmt: skip
+    return few_rows_linear(hidden_TF, mlp.down_proj.weight, mlp.down_proj.bias, x_TE, pdl=True)
+
+
+def tiled_layer(
+    block: Block,
+    x_TE: Tensor,
+    part_PTE: Tensor,
+    cos_TR: Tensor,
+    sin_TR: Tensor,
+    cu_seqlens_S1: Tensor,
+    kv: LayerKV,
+) -> tuple[Tensor, Tensor]:
+    """What `block` gives for x + the sum of parts, as another x and float32 parts [P, T, E].
+
+    T as in `TILED_ROWS`. Rounded to the dtype less often than by the separate operations.
+    """
+    attention, mlp = block.attention, block.mlp
+    eps, offset = attention.config.rms_norm_eps, attention.config.norm_offset
+    activation = _ACTIVATIONS[attention.config.activation]
+    # Kernels begin while the one before still runs, see `dependent_launch`.
+    x_TE, normed_TE = sum_norm(x_TE, part_PTE, block.input_norm.weight, eps, offset, True)
+    qkv_TF = tile_linear(normed_TE, attention.qkv_proj.weight, attention.qkv_proj.bias, pdl=True)
+    out_TE = _attend(attention, qkv_TF, cos_TR, sin_TR, cu_seqlens_S1, kv)
+    part_PTE = _in_parts(out_TE, attention.o_proj)
+    x_TE, normed_TE = sum_norm(x_TE, part_PTE, block.mlp_norm.weight, eps, offset, True)
+    hidden_TF = tile_linear(
+        normed_TE, mlp.gate_up_proj.weight, mlp.gate_up_proj.bias, activation, pdl=True
+    )
+    return x_TE, _in_parts(hidden_TF, mlp.down_proj)
+
+
+def _in_parts(x_TE: Tensor, linear: nn.Linear) -> Tensor:
+    parts = choose_parts(x_TE.shape[0], *reversed(linear.weight.shape))
+    return tile_linear(x_TE, linear.weight, linear.bias, parts=parts, pdl=True)
+
+
+def _attend(
+    attention: Attention,
+    qkv_TF: Tensor,
+    cos_TR: Tensor,
+    sin_TR: Tensor,
+    cu_seqlens_S1: Tensor,
+    kv: LayerKV,
+) -> Tensor:
+    """Norms of queries and keys, rope, cache write and attention: [T, H * D]."""
+    config = attention.config
+    q_weight_D = k_weight_D = None
+    if config.qk_norm:
+        q_weight_D, k_weight_D = attention.q_norm.weight, attention.k_norm.weight
     q_THD = rope_cache_write(
         qkv_TF.unflatten(-1, (-1, config.head_dim)), q_weight_D, k_weight_D, config.rms_norm_eps,
         cos_TR, sin_TR, None, kv.k_cache_NBKD, kv.v_cache_NBKD, kv.slots_T, attention.rotates, True,
@@ -69,11 +159,4 @@ def few_rows_layer(
         scale=config.attention_scale, window_size=attention.window_size,
         softcap=config.attention_softcap, pdl=True,
     )  # fmt: skip
-    x_TE = few_rows_linear(
-        out_THD.flatten(1), attention.o_proj.weight, attention.o_proj.bias, x_TE, pdl=True
-    )
-    hidden_TF = few_rows_linear(
-        x_TE, mlp.gate_up_proj.weight, mlp.gate_up_proj.bias, norm_weight_E=block.mlp_norm.weight,
-        activation=_ACTIVATIONS[config.activation], **norm,
-    )  # fmt: skip
-    return few_rows_linear(hidden_TF, mlp.down_proj.weight, mlp.down_proj.bias, x_TE, pdl=True)
+    return out_THD.flatten(1)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minigen.few_rows import few_rows_layer, serves_few_rows
+from minigen.few_rows import few_rows_layer, serves_few_rows, serves_tiles, tiled_layer
 from minigen.graphs import (
     FIRST_WIDTH,
     HIDDEN,
@@ -32,7 +32,7 @@ from minigen.graphs import (
     CaptureError,
     StepGraphs,
 )
-from minigen.kernels import native
+from minigen.kernels import native, sum_norm
 from minigen.model import (
     Block,
     Decoder,
@@ -238,18 +238,27 @@ class Runner:
         `layers`: the indices of those to run, where not all.
         """
         x_TE, cos_TR, sin_TR = self._begin(tokens_T, token_rows_T, positions_T)
-        few = serves_few_rows(self.model.config, len(tokens_T), self.device, x_TE.dtype)
+        size = self.model.config, len(tokens_T), self.device, x_TE.dtype
         kv = PagedKV(self.caches, slots_T, kv_lens_S, block_table_SW)
-        out_TE = torch.zeros_like(x_TE)
+        blocks: list[tuple[Block, tuple[Any, ...]]] = []
         for i in range(len(self.model.blocks)) if layers is None else layers:
             block = self.model.blocks[i]
             assert isinstance(block, Block)
-            step = cos_TR, sin_TR, cu_seqlens_S1, kv.layer(i)
+            blocks.append((block, (cos_TR, sin_TR, cu_seqlens_S1, kv.layer(i))))
+        norm = self.model.norm
+        if serves_tiles(*size):
+            part_PTE = x_TE.new_empty(0, *x_TE.shape, dtype=torch.float32)
+            for block, step in blocks:
+                x_TE, part_PTE = tiled_layer(block, x_TE, part_PTE, *step)
+            return sum_norm(x_TE, part_PTE, norm.weight, norm.eps, norm.offset, True)[1]
+        out_TE = torch.zeros_like(x_TE)
+        few = serves_few_rows(*size)
+        for block, step in blocks:
             if few:
                 x_TE = few_rows_layer(block, x_TE, *step)
             else:
                 x_TE, out_TE = self._layer(block, x_TE, out_TE, *step)
-        return self._norm(self.model.norm, x_TE, out_TE)
+        return self._norm(norm, x_TE, out_TE)
 
     def _launch_each_kernel(self, *inputs: Tensor) -> Tensor:
         """A step without the layers that launch what others have launched; its result is none."""

@@ -258,3 +258,72 @@ def linear_reference(
     if problem.residual_TF is not None:
         out = out + problem.residual_TF.cpu().double()
     return out, error + (torch.finfo(case.dtype).eps / 2 + 4 * wide_eps) * (out.abs() + error)
+
+
+@dataclass(frozen=True)
+class SumNormCase:
+    num_rows: int
+    num_inputs: int
+    parts: int
+    norm_offset: float
+    dtype: torch.dtype
+    seed: int
+
+
+@st.composite
+def sum_norm_cases(
+    draw: st.DrawFn, dtypes: tuple[torch.dtype, ...], most_inputs: int
+) -> SumNormCase:
+    return SumNormCase(
+        num_rows=draw(st.integers(0, 9)),
+        num_inputs=draw(st.sampled_from([1, 31, 128, 129]) | st.integers(1, most_inputs)),
+        parts=draw(st.sampled_from([0, 1, 2, 4, 8])),
+        norm_offset=draw(st.sampled_from([0.0, 1.0])),
+        dtype=draw(st.sampled_from(dtypes)),
+        seed=draw(st.integers(0, 2**31)),
+    )
+
+
+class SumNormProblem(NamedTuple):
+    """The operation's arguments in its order, up to `norm_offset`."""
+
+    x_TE: Tensor
+    part_PTE: Tensor
+    norm_weight_E: Tensor
+    eps: float
+    norm_offset: float
+
+
+def make_sum_norm_problem(case: SumNormCase, device: str = "cpu") -> SumNormProblem:
+    generator = torch.Generator().manual_seed(case.seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    rows_T = torch.arange(1, case.num_rows + 1)[:, None] / 4  # of different sizes
+    return SumNormProblem(
+        (normal(case.num_rows, case.num_inputs) * rows_T).to(device, case.dtype),
+        normal(case.parts, case.num_rows, case.num_inputs).to(device),
+        normal(case.num_inputs).to(device, case.dtype),
+        1e-5,
+        case.norm_offset,
+    )
+
+
+def sum_norm_reference(problem: SumNormProblem) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Sum and norm in float64, each with how far float32 and one rounding may be from it."""
+    wide_eps, eps = torch.finfo(torch.float32).eps, torch.finfo(problem.x_TE.dtype).eps
+    x_TE, part_PTE = problem.x_TE.cpu().double(), problem.part_PTE.cpu().double()
+    sum_TE = x_TE + part_PTE.sum(0)
+    sum_error = len(part_PTE) * wide_eps * (x_TE.abs() + part_PTE.abs().sum(0))
+    mean_square_T1 = sum_TE.pow(2).mean(-1, keepdim=True) + problem.eps
+    g_E = problem.norm_weight_E.cpu().double() + problem.norm_offset
+    norm_TE = sum_TE / mean_square_T1.sqrt() * g_E
+    # An error of the sums moves the root mean square by its own mean at most.
+    moved_T1 = sum_error.pow(2).mean(-1, keepdim=True).sqrt() / mean_square_T1.sqrt()
+    norm_error = sum_error / mean_square_T1.sqrt() * g_E.abs()
+    norm_error += (moved_T1 + (x_TE.shape[1] / 32 + 16) * wide_eps) * norm_TE.abs()
+    return (
+        (sum_TE, sum_error + (eps / 2 + wide_eps) * (sum_TE.abs() + sum_error)),
+        (norm_TE, norm_error + (eps / 2 + wide_eps) * (norm_TE.abs() + norm_error)),
+    )

@@ -31,7 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from minigen import LLM, SamplingParams
 from minigen.cache import BlockPool
 from minigen.engine import Engine
-from minigen.few_rows import MAX_ROWS, serves_few_rows
+from minigen.few_rows import MAX_ROWS, TILED_ROWS, serves_few_rows, serves_tiles
 from minigen.graphs import HIDDEN, CaptureError, StepGraphs, bucket_sizes
 from minigen.kernels import native
 from minigen.kernels.few_rows_linear import PLAIN_ROWS
@@ -281,6 +281,45 @@ def test_few_rows_give_what_the_layer_gives(long_rope: bool, monkeypatch) -> Non
     made.runner._hidden = made.runner._hidden_by_layer
     assert run(made, many, params) == expected
     assert {True, False} == set(served)
+
+
+@pytest.mark.parametrize("long_rope", [False, True])
+def test_tiled_rows_give_what_the_layer_gives(long_rope: bool, monkeypatch) -> None:
+    """Steps of 17 rows and more, and smaller ones, which the compiled layer serves here."""
+    many = [list(range(1, 1 + n)) for n in range(1, 20)]
+    params = [
+        SamplingParams(temperature=0, max_tokens=4 + n % 5, ignore_eos=True) for n in range(19)
+    ]
+    expected = run(engine(long_rope=long_rope, max_num_seqs=19), many, params)
+    served = []
+
+    def serves(config, num_rows, device, dtype) -> bool:
+        tiled = serves_tiles(config, num_rows, torch.device("cuda"), torch.bfloat16)
+        served.append(tiled)
+        return tiled
+
+    monkeypatch.setattr("minigen.few_rows.runs_gluon", lambda device: True)
+    monkeypatch.setattr("minigen.runner.serves_tiles", serves)
+    made = engine(long_rope=long_rope, max_num_seqs=19, decode_graphs=True)
+    made.runner._hidden = made.runner._hidden_by_layer
+    assert run(made, many, params) == expected
+    assert {True, False} == set(served)
+
+
+def test_tiles_are_for_models_whose_layer_it_is(monkeypatch) -> None:
+    cuda, config = torch.device("cuda"), decoder().config
+    half = torch.bfloat16
+    monkeypatch.setattr("minigen.few_rows.runs_gluon", lambda device: False)
+    assert not serves_tiles(config, 32, cuda, half)
+    monkeypatch.setattr("minigen.few_rows.runs_gluon", lambda device: True)
+    least, most = TILED_ROWS
+    for num_rows, serves in ((least - 1, False), (least, True), (most, True), (most + 1, False)):
+        assert serves_tiles(config, num_rows, cuda, half) is serves
+    assert not serves_tiles(config, 32, torch.device("cpu"), half)
+    assert not serves_tiles(config, 32, cuda, torch.float32)
+    for change in ({"activation": "gelu"}, {"post_norms": True}, {"intermediate_size": 5000}):
+        assert not serves_tiles(replace(config, **change), 32, cuda, half)
+    assert not serves_tiles(replace(config, hidden_size=44), 32, cuda, half)
 
 
 def test_few_rows_are_for_models_whose_layer_it_is() -> None:

@@ -9,12 +9,13 @@ import os
 
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 pytest.importorskip("triton")
 
+from minigen.kernels import sum_norm, tile_linear
 from minigen.kernels.dependent_launch import has_dependent_launch
 from minigen.kernels.few_rows_dot import MAX_CHUNKS, MAX_DOT_INPUTS, DotTile, choose_dot_tile
 from minigen.kernels.few_rows_linear import (
@@ -25,18 +26,25 @@ from minigen.kernels.few_rows_linear import (
     multiplies_tiles,
 )
 from minigen.kernels.rope_cache_write import rope_cache_write_triton, rope_constants
+from minigen.kernels.sum_norm import norm_rows
+from minigen.kernels.tile_linear import tile_linear_gluon
+from minigen.kernels.tile_linear_gluon import GluonLinearTile, choose_parts, fits_tiles
 from minigen.kernels.tiles import power_of_two
 from tests.attention_cases import assert_within
 from tests.fused_cases import (
     LinearCase,
     RopeCase,
     RopeProblem,
+    SumNormCase,
     linear_cases,
     linear_reference,
     make_linear_problem,
     make_rope_problem,
+    make_sum_norm_problem,
     rope_cases,
     rope_reference,
+    sum_norm_cases,
+    sum_norm_reference,
 )
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -238,6 +246,18 @@ def test_a_tile_that_is_given_refuses_what_it_would_leave_out() -> None:
             few_rows_linear_triton(x_TE, weight_GE, tile=tile)
 
 
+@given(sum_norm_cases(DTYPES, 300 if INTERPRETED else 5000))
+def test_norm_rows_equals_definition(case: SumNormCase) -> None:
+    problem = make_sum_norm_problem(case, DEVICE)
+    x_TE, part_PTE, norm_weight_E, eps, offset = problem
+    sum_TE = torch.full_like(x_TE, torch.nan)
+    normed_TE = norm_rows(x_TE, part_PTE, norm_weight_E, sum_TE, eps, offset, False)
+    for found, (expected, error) in zip(
+        (sum_TE, normed_TE), sum_norm_reference(problem), strict=True
+    ):
+        assert_within(found, expected, error)
+
+
 # What only a GPU shows. The run in the interpreter leaves these out by name.
 
 
@@ -271,6 +291,101 @@ def test_registered_rope_cache_write_starts_early_with_the_same_result() -> None
 def test_registered_few_rows_linear_passes_opcheck() -> None:
     problem = make_linear_problem(LINEAR_CASE, DEVICE)
     torch.library.opcheck(torch.ops.minigen.few_rows_linear.default, (*problem, False))
+
+
+def fits_tiles_here() -> bool:
+    one_TE = torch.zeros(1, 8, dtype=torch.bfloat16, device=DEVICE)
+    return not INTERPRETED and torch.cuda.is_available() and fits_tiles(one_TE, one_TE)
+
+
+# What is chosen, weights and rows whose places are used again, places used once.
+LINEAR_TILES = (
+    None,
+    GluonLinearTile(64, 32, 64, x_stages=2, weight_stages=3),
+    GluonLinearTile(128, 64, 64, x_stages=3, weight_stages=2),
+    GluonLinearTile(64, 32, 256, x_stages=2, weight_stages=2),
+)
+
+
+@st.composite
+def tiled_cases(draw: st.DrawFn) -> tuple[LinearCase, int]:
+    case = draw(linear_cases((torch.bfloat16,), 40))
+    # Few of them: each pair of sizes is compiled for itself.
+    inputs, outputs = draw(st.sampled_from([(8, 33), (520, 64), (1024, 65), (3072, 300)]))
+    parts = draw(st.sampled_from([0, 0, 1, 4]))
+    return dataclasses.replace(
+        case,
+        num_rows=draw(st.sampled_from([1, 16, 17, 63, 64, 65, 127, 128, 129, 256])),
+        num_inputs=inputs,
+        num_outputs=outputs,
+        activation="" if parts or case.activation == "gelu_tanh" else case.activation,
+        has_residual=False,
+        has_norm=False,
+        padding=8 * (case.padding % 2),
+    ), parts
+
+
+def test_registered_tile_linear_in_gluon_equals_definition() -> None:
+    if not fits_tiles_here():
+        pytest.skip("needs a Hopper GPU, and a Triton whose Gluon was tried")
+
+    @settings(max_examples=60)
+    @given(tiled_cases(), st.sampled_from(LINEAR_TILES))
+    def check(found: tuple[LinearCase, int], tile: GluonLinearTile | None) -> None:
+        case, parts = found
+        problem = make_linear_problem(case, DEVICE)
+        x_TE, weight_GE, bias_G = problem[:3]
+        assert fits_tiles(x_TE, weight_GE)
+        out = tile_linear_gluon(x_TE, weight_GE, bias_G, case.activation, parts, tile=tile)
+        exact = dataclasses.replace(case, dtype=torch.float32) if parts else case
+        expected_TF, error_TF = linear_reference(exact, problem, in_tiles=True)
+        assert_within(out.double().sum(0) if parts else out, expected_TF, error_TF)
+
+    check()
+
+
+def test_registered_tile_linear_passes_opcheck() -> None:
+    case = dataclasses.replace(LINEAR_CASE, num_rows=33, num_inputs=200, dtype=DOT_DTYPE)
+    problem = make_linear_problem(case, DEVICE)
+    for activation, parts in (("silu", 0), ("", 3)):
+        arguments = (*problem[:3], activation, parts, False)
+        torch.library.opcheck(torch.ops.minigen.tile_linear.default, arguments)
+    problem = make_sum_norm_problem(SumNormCase(5, 40, 3, 0.0, DOT_DTYPE, 0), DEVICE)
+    torch.library.opcheck(torch.ops.minigen.sum_norm.default, (*problem, False))
+
+
+@pytest.mark.parametrize("num_rows", [17, 64, 100, 256])
+def test_registered_tile_linear_starts_early_with_the_same_result(num_rows: int) -> None:
+    """A chain in which each kernel reads what the one before wrote, captured as a step is."""
+    if not fits_tiles_here():
+        pytest.skip("needs a Hopper GPU, and a Triton whose Gluon was tried")
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, device=DEVICE).bfloat16()
+
+    x_TE = normal(num_rows, 1024)
+    wide = [normal(3072, 1024) / 32 for _ in range(6)]
+    narrow = [normal(1024, 1536) / 32 for _ in range(6)]
+    norm_weight_E = torch.ones(1024, device=DEVICE).bfloat16()
+    parts = choose_parts(num_rows, 1536, 1024)
+
+    def chain(pdl: bool) -> Tensor:
+        y_TE, part_PTE = x_TE + 0, x_TE.new_zeros(0, *x_TE.shape, dtype=torch.float32)
+        for up, down in zip(wide, narrow, strict=True):
+            y_TE, normed_TE = sum_norm(y_TE, part_PTE, norm_weight_E, 1e-6, pdl=pdl)
+            hidden = tile_linear(normed_TE, up, None, "silu", pdl=pdl)
+            part_PTE = tile_linear(hidden, down, parts=parts, pdl=pdl)
+        return sum_norm(y_TE, part_PTE, norm_weight_E, 1e-6, pdl=pdl)[1]
+
+    chain(True)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured_TE = chain(True)
+    for _ in range(20):
+        x_TE.normal_()
+        graph.replay()
+        assert torch.equal(captured_TE, chain(False))
 
 
 @pytest.mark.parametrize("num_rows", [2, 8, 16])

@@ -23,13 +23,14 @@ from minigen.kernels.few_rows_dot import (
     MAX_DOT_ROWS,
     choose_dot_tile,
     few_rows_dot_kernel,
-    norm_rows_kernel,
 )
 from minigen.kernels.few_rows_linear import choose_linear_tile, few_rows_linear_kernel
 from minigen.kernels.gluon_import import KNOWN_GLUON
 from minigen.kernels.kv_cache_write import kv_cache_write_kernel
 from minigen.kernels.paged_attention import merge_splits_kernel, paged_attention_kernel
 from minigen.kernels.rope_cache_write import rope_cache_write_kernel, rope_constants
+from minigen.kernels.sum_norm import norm_rows_kernel
+from minigen.kernels.tile_linear_gluon import choose_gluon_tile, choose_parts, sizes_of
 from minigen.kernels.tiles import (
     Tile,
     choose_tile,
@@ -54,7 +55,12 @@ from minigen.kernels.varlen_attention_tma import (
     prefers_descriptors,
     varlen_attention_tma_kernel,
 )
-from tools.compile_ahead import Compiled, compile_ahead, compile_gluon_ahead
+from tools.compile_ahead import (
+    Compiled,
+    compile_ahead,
+    compile_gluon_ahead,
+    compile_linear_ahead,
+)
 
 KIB = 1024
 # Target, and the shared memory it grants one program.
@@ -237,6 +243,40 @@ def test_gluon_attention(
     # In a loop over tiles of keys the scores are awaited alone, the second product in flight.
     loops = re.findall(r"warp_group_dot_wait .*\{pendings = (\d) : i32\}", compiled.ttgir)
     assert loops.count("1") == 2 * (3 if has_left else 2)
+
+
+@pytest.mark.skipif(not KNOWN_GLUON, reason="this Triton's Gluon was never tried")
+@pytest.mark.parametrize("num_rows", [32, 128, 256])
+@pytest.mark.parametrize(
+    ("num_inputs", "num_outputs", "activation", "is_split", "has_bias"),
+    [
+        (1024, 4096, "", False, False),
+        (2048, 1024, "", True, True),
+        (1024, 3072, "silu", False, False),
+        (3072, 1024, "", True, False),
+        (200, 100, "gelu_tanh", False, True),
+    ],
+)
+def test_tile_linear(
+    num_rows: int,
+    num_inputs: int,
+    num_outputs: int,
+    activation: str,
+    is_split: bool,
+    has_bias: bool,
+) -> None:
+    parts = choose_parts(num_rows, num_inputs, num_outputs) if is_split else 1
+    tile = choose_gluon_tile(num_rows, activation != "", parts if is_split else 0)
+    sizes = sizes_of(tile, num_inputs, num_outputs, parts, has_bias, is_split, activation)
+    compiled = compile_linear_ahead(sizes, "bf16")
+    assert compiled.shared_bytes <= TARGETS["sm_90"][1]
+    assert (compiled.stack_bytes or 0) == 0
+    assert not compiled.serialised
+    # All weights that there is room for are asked for before the kernel before has ended.
+    before, _, after = compiled.ptx.partition("griddepcontrol.wait")
+    copies = sizes.weight_stages * (2 if activation else 1)
+    assert before.count("cp.async.bulk.tensor") == copies
+    assert "cp.async.bulk.tensor" in after
 
 
 def programs_at_once(compiled: Compiled) -> int:
@@ -509,8 +549,16 @@ def test_few_rows_dot(target_name: str, num_outputs: int, num_inputs: int, activ
 
 
 @by_target
-def test_norm_rows(target_name: str) -> None:
-    constants = {"NUM_INPUTS": 3000, "BLOCK_E": 4096, "num_warps": 4}
+@pytest.mark.parametrize("parts", [0, 4])
+def test_norm_rows(target_name: str, parts: int) -> None:
+    constants: dict[str, Any] = {
+        "NUM_INPUTS": 3000,
+        "BLOCK_E": 4096,
+        "num_warps": 8,
+        "PARTS": parts,
+    }
+    if parts == 0:
+        constants |= {"part_ptr": None, "sum_ptr": None}
     constants |= launch_options(target_name in ("sm_90", "sm_100"))
     check(norm_rows_kernel, target_name, constants, "bf16")
 

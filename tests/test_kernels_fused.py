@@ -6,6 +6,7 @@ Shapes: T packed tokens, X heads of the projection, D head dim.
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +14,32 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
-from minigen.kernels import few_rows_linear, kv_cache_write, linear, rope_cache_write
+from minigen.kernels import (
+    few_rows_linear,
+    kv_cache_write,
+    linear,
+    rope_cache_write,
+    sum_norm,
+    tile_linear,
+)
 from minigen.model import RMSNorm, apply_rope
 from tests.attention_cases import assert_within
 from tests.fused_cases import (
     LinearCase,
     RopeCase,
+    SumNormCase,
     linear_cases,
     linear_reference,
     make_linear_problem,
     make_rope_problem,
+    make_sum_norm_problem,
     rope_cases,
     rope_reference,
+    sum_norm_cases,
+    sum_norm_reference,
 )
 
 CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -180,6 +193,83 @@ def test_few_rows_linear_refuses(change: dict[str, Any], message: str) -> None:
     problem = make_linear_problem(LINEAR_CASE)
     with pytest.raises(ValueError, match=message):
         few_rows_linear(*problem._replace(**change))
+
+
+@given(linear_cases(CPU_DTYPES, 300))
+def test_tile_linear_equals_the_models_own_operations(case: LinearCase) -> None:
+    """To the last bit: on the CPU it is the same composition."""
+    case = replace(case, has_residual=False, has_norm=False)
+    problem = make_linear_problem(case)
+    arguments = problem.x_TE, problem.weight_GE, problem.bias_G
+    expected_TF = few_rows_linear(*arguments, activation=case.activation)
+    assert torch.equal(tile_linear(*arguments, case.activation), expected_TF)
+
+
+@given(linear_cases(CPU_DTYPES, 300), st.integers(1, 9))
+def test_parts_of_tile_linear_add_up_to_it(case: LinearCase, parts: int) -> None:
+    case = replace(case, has_residual=False, has_norm=False, activation="")
+    problem = make_linear_problem(case)
+    part_PTF = tile_linear(problem.x_TE, problem.weight_GE, problem.bias_G, parts=parts)
+    assert part_PTF.shape == (parts, case.num_rows, case.num_outputs)
+    assert part_PTF.dtype == torch.float32
+    # The reference allows for a rounding to the dtype, and here is none: float32's is meant.
+    expected_TF, error_TF = linear_reference(replace(case, dtype=torch.float32), problem)
+    assert_within(part_PTF.double().sum(0), expected_TF, 2 * error_TF)
+
+
+@given(sum_norm_cases(CPU_DTYPES, 300))
+def test_sum_norm_equals_definition(case: SumNormCase) -> None:
+    problem = make_sum_norm_problem(case)
+    for found, (expected, error) in zip(
+        sum_norm(*problem), sum_norm_reference(problem), strict=True
+    ):
+        assert found.dtype == case.dtype
+        assert_within(found, expected, error)
+
+
+def test_tile_linear_and_sum_norm_pass_opcheck_and_compile() -> None:
+    problem = make_linear_problem(LINEAR_CASE)
+    for activation, parts in (("silu", 0), ("", 0), ("", 3)):
+        arguments = (problem.x_TE, problem.weight_GE, problem.bias_G, activation, parts)
+        torch.library.opcheck(torch.ops.minigen.tile_linear.default, (*arguments, False))
+        compiled = torch.compile(tile_linear, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(*arguments), tile_linear(*arguments))
+    for parts in (0, 3):
+        problem = make_sum_norm_problem(SumNormCase(5, 40, parts, 0.0, torch.bfloat16, 0))
+        torch.library.opcheck(torch.ops.minigen.sum_norm.default, (*problem, False))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"parts": -1}, "parts must be 0 or more, got -1"),
+        ({"parts": 2, "activation": "silu"}, "parts must be 0 beside an activation, got 2"),
+        ({"x_TE": torch.ones(3, 100)}, "one column for each of 100 columns of x"),
+        ({"bias_G": torch.ones(9)}, r"bias must have shape \(18,\)"),
+    ],
+)
+def test_tile_linear_refuses(change: dict[str, Any], message: str) -> None:
+    problem = make_linear_problem(LINEAR_CASE)
+    arguments = {"x_TE": problem.x_TE, "weight_GE": problem.weight_GE, **change}
+    with pytest.raises(ValueError, match=message):
+        tile_linear(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x_TE": torch.ones(5)}, "x must have 2 dimensions"),
+        ({"part_PTE": torch.ones(3, 5, 40).half()}, "part must be torch.float32"),
+        ({"part_PTE": torch.ones(3, 4, 40)}, r"part must .* shape \(3, 5, 40\)"),
+        ({"part_PTE": torch.ones(5, 3, 40).transpose(0, 1)}, "part must be contiguous"),
+        ({"norm_weight_E": torch.ones(41)}, r"norm_weight must .* shape \(40,\)"),
+        ({"norm_weight_E": torch.ones(40).half()}, "norm_weight must be torch.float32"),
+    ],
+)
+def test_sum_norm_refuses(change: dict[str, Any], message: str) -> None:
+    problem = make_sum_norm_problem(SumNormCase(5, 40, 3, 0.0, torch.float32, 0))
+    with pytest.raises(ValueError, match=message):
+        sum_norm(*problem._replace(**change))
 
 
 INTERPRETED = ("tests/test_gpu_kernels_fused.py", "tests/test_gpu_draw_tokens.py")

@@ -34,6 +34,7 @@ class Compiled(NamedTuple):
     warp_specialized: bool
     serialised: bool
     ttgir: str
+    ptx: str
 
 
 def compile_ahead(
@@ -82,8 +83,6 @@ def compile_ahead(
 
 def compile_gluon_ahead(sizes: Any, floats: str) -> Compiled:
     """`attention_gluon_kernel` for Hopper, with the descriptors that `launch_gluon` makes it."""
-    from triton.experimental.gluon._runtime import GluonASTSource
-
     from minigen.kernels.gluon_import import gl
     from minigen.kernels.varlen_attention_gluon import CACHE_BOX, attention_gluon_kernel
 
@@ -98,11 +97,39 @@ def compile_gluon_ahead(sizes: Any, floats: str) -> Compiled:
         "out_ptr": f"*{floats}",
         "lse_ptr": "*fp32",
         "score_scale": "fp32",
-    } | dict.fromkeys(constants, "constexpr")
-    names = attention_gluon_kernel.arg_names
-    source = GluonASTSource(
-        attention_gluon_kernel,
-        {name: known.get(name, "*i32" if name.endswith("_ptr") else "i32") for name in names},
+    }
+    source = _gluon_source(attention_gluon_kernel, known, constants)
+    return _compiled(source, HOPPER, {"num_warps": 4})
+
+
+def compile_linear_ahead(sizes: Any, floats: str, pdl: bool = True) -> Compiled:
+    """`tile_linear_kernel` for Hopper, with the descriptors that `launch_tile_linear` makes it."""
+    from minigen.kernels.gluon_import import gl
+    from minigen.kernels.tile_linear_gluon import tile_linear_kernel
+
+    layout = gl.NVMMASharedLayout(128, 16, 2)
+    weight = f"tensordesc<{floats}{[sizes.block_f, sizes.block_e]},{layout}>"
+    constants = {"SIZES": sizes, "PDL": pdl} | ({} if sizes.has_bias else {"bias_ptr": None})
+    known = {
+        "x_desc": f"tensordesc<{floats}{[sizes.block_t, sizes.block_e]},{layout}>",
+        "gate_desc": weight,
+        "up_desc": weight,
+        "bias_ptr": f"*{floats}",
+        "out_ptr": "*fp32" if sizes.is_split else f"*{floats}",
+    }
+    options = {"num_warps": sizes.num_warps, "launch_pdl": pdl}
+    return _compiled(_gluon_source(tile_linear_kernel, known, constants), HOPPER, options)
+
+
+def _gluon_source(kernel: Any, known: dict[str, str], constants: dict[str, Any]) -> Any:
+    """Of types that are known by name; other pointers are to int32, other numbers int32."""
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    names = kernel.arg_names
+    types = {name: "*i32" if name.endswith("_ptr") else "i32" for name in names}
+    return GluonASTSource(
+        kernel,
+        types | known | dict.fromkeys(constants, "constexpr"),
         constants,
         {
             (index,): [["tt.divisibility", 16]]
@@ -110,7 +137,6 @@ def compile_gluon_ahead(sizes: Any, floats: str) -> Compiled:
             if name.endswith("_ptr") and name not in constants
         },
     )
-    return _compiled(source, HOPPER, {"num_warps": 4})
 
 
 def _compiled(source: ASTSource, target: GPUTarget, options: dict[str, Any]) -> Compiled:
@@ -125,6 +151,7 @@ def _compiled(source: ASTSource, target: GPUTarget, options: dict[str, Any]) -> 
         "ttg.warp_specialize" in compiled.asm["ttgir"],
         target.arch == 90 and _is_serialised(compiled.asm["ptx"]),
         compiled.asm["ttgir"],
+        compiled.asm.get("ptx", ""),
     )
 
 
