@@ -48,7 +48,14 @@ from minigen.kernels.tiles import (
     window_arguments,
 )
 from minigen.kernels.triton_import import tl, triton
-from minigen.kernels.varlen_attention_gluon import GluonTile, launch_gluon
+from minigen.kernels.varlen_attention_gluon import (
+    CACHE_BOX,
+    GluonTile,
+    choose_gluon_tile,
+    fits_gluon,
+    launch_gluon,
+    prefers_gluon,
+)
 
 # Rows of a prompt's tile, at least: how many queries a prompt has is known to the GPU alone.
 PROMPT_ROWS = 128
@@ -325,7 +332,9 @@ def paged_attention_triton(
     which a sequence is left whole all the same; 0 divides every one) and `tile` are chosen by size
     unless given; a given tile serves all. `pdl` needs a GPU of sm_90 or later. A `GluonTile` runs
     the kernel of `varlen_attention_gluon.py` without a split, and wants `fits_gluon` and cache
-    blocks of 16; it is chosen for nothing yet.
+    blocks of 16. It is chosen for the others where neither tile nor split is given, see
+    `prefers_gluon`; how long their prompts are is known to the GPU alone, so that the mean over all
+    sequences decides.
     """
     if q_THD.stride(-1) != 1:
         q_THD = q_THD.contiguous()
@@ -337,9 +346,8 @@ def paged_attention_triton(
     cu_seqlens_q, kv_lens_S = cu_seqlens_q.contiguous(), kv_lens_S.contiguous()
     if isinstance(tile, GluonTile):
         launch_gluon(
-            q_THD, k_cache_NBKD.flatten(0, 1), v_cache_NBKD.flatten(0, 1), out_THD, None,
-            cu_seqlens_q, kv_lens_S, block_table_SW.contiguous(), window=window, scale=scale,
-            tile=tile,
+            q_THD, *_rows_of(k_cache_NBKD, v_cache_NBKD), out_THD, None, cu_seqlens_q, kv_lens_S,
+            block_table_SW.contiguous(), window=window, scale=scale, tile=tile,
         )  # fmt: skip
         return out_THD
     q_THD, scale = positive_scale(q_THD, scale)
@@ -354,18 +362,38 @@ def paged_attention_triton(
     else:
         # In this order: the merge of "many" also writes the rows of "one".
         launches = [("many", max(mean, PROMPT_ROWS // group)), ("one", 1)]
+    block_size = k_cache_NBKD.shape[1]
+    in_gluon = (
+        tile is None
+        and num_splits is None
+        and prefers_gluon(mean, head_dim)
+        and block_size == CACHE_BOX
+        and fits_gluon(q_THD, *_rows_of(k_cache_NBKD, v_cache_NBKD), softcap)
+    )
     for queries, number in launches:
         chosen = tile or choose_tile(
             number, group, head_dim, q_THD.element_size(), shared_bytes_of(q_THD.device), paged=True
         )
         needs = _needs(q_THD, k_cache_NBKD, block_table_SW, chosen, queries)
         splits = num_splits or choose_num_splits(*needs)
+        if in_gluon and queries == "many" and splits == 1:
+            launch_gluon(
+                q_THD, *_rows_of(k_cache_NBKD, v_cache_NBKD), out_THD, None, cu_seqlens_q,
+                kv_lens_S, block_table_SW.contiguous(), window=window, scale=scale,
+                tile=choose_gluon_tile(mean, block_table_SW.shape[1] * block_size), skips_one=True,
+            )  # fmt: skip
+            continue
         whole = choose_whole_tiles(splits, *needs) if whole_tiles_most is None else whole_tiles_most
         _launch(
             q_THD, k_cache_NBKD, v_cache_NBKD, out_THD, cu_seqlens_q, kv_lens_S, block_table_SW,
             window, scale, softcap, splits, whole, chosen, queries, pdl,
         )  # fmt: skip
     return out_THD
+
+
+def _rows_of(k_cache_NBKD: Tensor, v_cache_NBKD: Tensor) -> tuple[Tensor, Tensor]:
+    """The caches as `launch_gluon` wants them, `[N * B, K, D]`."""
+    return k_cache_NBKD.flatten(0, 1), v_cache_NBKD.flatten(0, 1)
 
 
 def _needs(

@@ -17,7 +17,7 @@ from minigen.kernels.cpu import gated_linear
 from minigen.kernels.dependent_launch import has_dependent_launch
 from minigen.kernels.tile_linear_gluon import (
     GluonLinearTile,
-    choose_gluon_tile,
+    choose_rows_tile,
     fits_tiles,
     launch_tile_linear,
 )
@@ -119,7 +119,7 @@ def tile_linear_gluon(
     out = _empty(x_TE, weight_GE, activation, parts)
     if out.numel() > 0:
         if tile is None:
-            tile = choose_gluon_tile(x_TE.shape[0], activation != "", parts)
+            tile = choose_rows_tile(x_TE.shape[0], activation != "", parts)
         launch_tile_linear(x_TE, weight_GE, bias_G, out, activation, pdl, tile)
     return out
 

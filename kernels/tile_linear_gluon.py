@@ -94,7 +94,7 @@ def fits_tiles(x_TE: Tensor, weight_GE: Tensor) -> bool:
     )
 
 
-def choose_gluon_tile(num_rows: int, is_gated: bool, parts: int) -> GluonLinearTile:
+def choose_rows_tile(num_rows: int, is_gated: bool, parts: int) -> GluonLinearTile:
     """The best, or within 5 % of it, of the 13 to 18 tiles that were timed for each of Qwen3-0.6B's
     four layers at 16, 32, 64, 96, 128, 192 and 256 rows (H200).
 
@@ -124,7 +124,7 @@ def choose_parts(num_rows: int, num_inputs: int, num_outputs: int) -> int:
     Of 2, 4 and 8 parts those that give 64 programs, or 128 at 256 rows, were the quickest (H200);
     what adds them up takes 1.1 us for two and 1.4 for eight.
     """
-    tile = choose_gluon_tile(num_rows, False, 1)
+    tile = choose_rows_tile(num_rows, False, 1)
     blocks = triton.cdiv(num_rows, tile.block_t) * triton.cdiv(num_outputs, tile.block_f)
     return min(max(64 // blocks, 2), triton.cdiv(num_inputs, tile.block_e))
 

@@ -40,8 +40,8 @@ from minigen.kernels.tiles import (
 from minigen.kernels.triton_import import tl, triton
 from minigen.kernels.varlen_attention_backward import varlen_attention_backward
 from minigen.kernels.varlen_attention_gluon import (
-    DEFAULT_TILE,
     GluonTile,
+    choose_gluon_tile,
     fits_gluon,
     launch_gluon,
     prefers_gluon,
@@ -203,7 +203,7 @@ def _cuda(
         window=window,
         scale=scale,
         softcap=softcap,
-        tile=DEFAULT_TILE if in_gluon else None,
+        tile=choose_gluon_tile(queries) if in_gluon else None,
         tensor_descriptors=descriptors and fits_tensor_descriptors(q_THD, k_TKD, v_TKD),
     )
 

@@ -45,6 +45,7 @@ from minigen.kernels.triton_import import triton
 
 ROWS = 64  # what one group of four warps multiplies at once
 GROUPS = (1, 2, 4, 8)  # query heads a key/value head that were tried
+SHORT_QUERIES, SHORT_KEYS = 1024, 4096  # up to which `SHORT_TILE` is chosen
 CACHE_BOX = 16  # rows of the cache that come in one copy
 
 
@@ -57,7 +58,6 @@ class GluonTile(NamedTuple):
 
 
 DEFAULT_TILE = GluonTile()
-# Faster on short sequences, see `prefers_gluon`; not chosen, for over the cache it failed.
 SHORT_TILE = GluonTile(block_n=64, stages=4)
 
 
@@ -73,6 +73,7 @@ class Sizes:
     has_left: bool
     has_right: bool
     paged: bool
+    skips_one: bool = False  # leaves sequences of one query to another launch
 
     rows: int = ROWS
     groups: int = 2
@@ -139,30 +140,48 @@ def fits_gluon(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, softcap: float) -> b
 def prefers_gluon(queries: int, head_dim: int) -> bool:
     """Whether, where they fit, these kernels are the faster ones for about `queries` a sequence.
 
-    H200, causal, bfloat16, heads of 128, TFLOP/s of what was chosen before, of these kernels (128
-    keys a tile, two in flight), and of a sketch of them with tiles of 64 keys, four in flight:
+    H200, causal, bfloat16, heads of 128, TFLOP/s of what was chosen before and of these kernels
+    (128 keys a tile, two in flight):
 
-                     16 x 512       64 of mean 298  16 x 1024      4 x 4096       1 x 16384
-        32/8 heads   246, 285, 327  326, 378, 380   364, 447, 458  526, 627, 563  524, 672, 532
-        16/8 heads   208, 234, 260  288, 305, 343   335, 411, 408  503, 605, 546  550, 668, 542
-        paged, 32/8  240, 254       307, 319        348, 383       471, 566       470, 569
-        paged, 16/8  201, 216       279, 295        313, 359       455, 559       504, 602
+                       16 x 512   64 of mean 298   16 x 1024   4 x 4096   1 x 16384
+        32/8 heads     246, 285         326, 378    364, 447   526, 627    524, 672
+        16/8 heads     208, 234         288, 305    335, 411   503, 605    550, 668
+        paged, 32/8    240, 254         307, 319    348, 383   471, 566    470, 569
+        paged, 16/8    201, 216         279, 295    313, 359   455, 559    504, 602
 
-    The diagonal wastes half of a tile, so that short sequences want small ones. But over the cache
-    tiles of 64 keys read where they must not (an illegal access on an H200, cause not found), so
-    that they are refused there, chosen nowhere, and over the cache no tile is chosen. The host
-    takes 160 us for a call, 140 before. Not timed: fewer than 64 queries, where a tile is partly
-    empty; windows; and heads of 64. Tried and dropped, 32/8 heads: two groups of warps that take
-    turns at the tensor cores (281, 345, 443, 620, 613), and three groups with tiles of 64 keys
-    (263, 347, 422, 572, 581).
+    The host takes 160 us for a call, 140 before; over the cache 180, 330 before. Not timed: fewer
+    than 64 queries, where a tile is partly empty and a decoding sequence beside prompts takes a
+    program 1 us to pass over; windows; and heads of 64.
     """
     return head_dim == 128 and queries >= 64
+
+
+def choose_gluon_tile(queries: int, most_keys: int = 0) -> GluonTile:
+    """Tile for sequences of about `queries` queries and, where a bound is known, `most_keys` keys.
+
+    The diagonal wastes half of a tile, so that short sequences want small ones; of large ones there
+    are half as many, with what each takes beside its products. H200 as in `prefers_gluon`, TFLOP/s
+    of 128 keys with two tiles in flight and of 64 with four:
+
+                       16 x 512   64 of mean 298   16 x 1024   4 x 4096   1 x 16384
+        32/8 heads     285, 327         378, 380    447, 458   627, 563    672, 532
+        16/8 heads     234, 260         305, 343    411, 408   605, 546    668, 542
+
+    Tiles of 64 keys were not timed over the cache, nor was a chunk of a prompt behind many keys,
+    which by these figures wants large tiles. Tried and dropped, 32/8 heads: two groups of warps
+    that take turns at the tensor cores (281, 345, 443, 620, 613), and three groups with tiles of 64
+    keys (263, 347, 422, 572, 581).
+    """
+    is_short = queries <= SHORT_QUERIES and most_keys <= SHORT_KEYS
+    return SHORT_TILE if is_short else DEFAULT_TILE
 
 
 class RowsBefore:
     """Where a tensor would begin with so many rows more in front, for a descriptor to start at.
 
-    Nothing is read there: see `load_keys_and_values`.
+    Nothing need be there as long as no box lies outside its descriptor altogether: of such a box
+    the copy engine reads, for zeros, where the descriptor begins (an illegal access on an H200
+    where no memory was). See `load_keys_and_values`.
     """
 
     def __init__(self, tensor: Tensor, rows: int) -> None:
@@ -186,18 +205,15 @@ def launch_gluon(
     window: Window,
     scale: float,
     tile: GluonTile = DEFAULT_TILE,
+    skips_one: bool = False,
 ) -> None:
     """Fills `out_THD`, and `lse_HT` if there is one; wants `fits_gluon`.
 
     Without a block table `key_lengths` is `cu_seqlens_k`. With one it is `kv_lens_S`, and keys and
-    values are the rows of the cache, `[N * B, K, D]` with B = 16. A CUDA graph may capture it:
-    nothing waits for the GPU, and descriptors hold addresses, which a replay keeps. Raises
-    ValueError for tiles of other than 128 keys over the cache (`prefers_gluon` says why).
+    values are the rows of the cache, `[N * B, K, D]` with B = 16. With `skips_one` the rows of
+    sequences of one query stay as they are. A CUDA graph may capture it: nothing waits for the GPU,
+    and descriptors hold addresses, which a replay keeps.
     """
-    if block_table_SW is not None and tile.block_n != DEFAULT_TILE.block_n:
-        raise ValueError(
-            f"over the cache a tile must have {DEFAULT_TILE.block_n} keys, got {tile.block_n}"
-        )
     num_tokens, num_heads, head_dim = q_THD.shape
     num_rows, num_kv_heads, _ = k_TKD.shape
     group = num_heads // num_kv_heads
@@ -206,7 +222,7 @@ def launch_gluon(
     paged = block_table_SW is not None
     bounds = window_arguments(window)
     sides = bounds.pop("HAS_LEFT"), bounds.pop("HAS_RIGHT")
-    sizes = Sizes(head_dim, group, *tile, *sides, paged)
+    sizes = Sizes(head_dim, group, *tile, *sides, paged, skips_one)
     width = num_kv_heads * head_dim
     rows, columns = (CACHE_BOX, 64) if paged else (tile.block_n, head_dim)
     flat, boxes = (gl.NVMMASharedLayout(128, 16, rank) for rank in (2, 3))
@@ -330,6 +346,8 @@ def find_tile(tile, cu_seqlens_q_ptr, key_lengths_ptr, num_seqs, num_slots, size
     q_start, num_queries, first_query = queries_of_block(
         cu_seqlens_q_ptr, block, seq, sizes.has_right, sizes.block_q
     )
+    if sizes.skips_one:
+        num_queries = gl.where(num_queries == 1, 0, num_queries)
     if sizes.paged:
         k_start = seq  # whose row of the block table says where its keys are
         num_keys = gl.load(key_lengths_ptr + seq)
@@ -360,7 +378,9 @@ def load_keys_and_values(
     Values behind the sequence must come as zeros, since 0 * NaN is NaN: their descriptor has the
     same rows in two dimensions, (i, j) is row i + j - R with R rows a box and j < R. A box from
     (row + n, R - n) has the n rows from `row` on and zeros behind them. Scores of such keys are
-    masked.
+    masked. n must not be 0 (`RowsBefore` says why): a box wholly behind the sequence brings the
+    last one that is not, values that the tile's scores meet anyway; and for a sequence without keys
+    some row comes, whose products `multiplying_warps` drops.
     """
     stage = index % sizes.stages
     phase = (index // sizes.stages) & 1
@@ -378,11 +398,13 @@ def load_keys_and_values(
         v_boxes = v_tiles.index(stage)._reinterpret(
             v_desc.dtype, [PANELS * BOXES, 1, 16, 64], v_desc.layout
         )
+        last_box = gl.maximum(num_keys - 1 - start, 0) // 16
         hopper.mbarrier.wait(bars.k_empty.index(stage), phase ^ 1)
         hopper.mbarrier.expect(k_full, sizes.tile_bytes)
         for box in range(BOXES):
             # Entries behind the sequence need not name a block.
-            row = 16 * gl.load(entry_ptr + box, mask=start + box * 16 < num_keys, other=0)
+            source = gl.minimum(box, last_box)
+            row = 16 * gl.load(entry_ptr + source, mask=num_keys > 0, other=0)
             for panel in gl.static_range(PANELS):
                 hopper.tma.async_copy_global_to_shared(
                     k_desc,
@@ -393,8 +415,9 @@ def load_keys_and_values(
         hopper.mbarrier.wait(bars.v_empty.index(stage), phase ^ 1)
         hopper.mbarrier.expect(v_full, sizes.tile_bytes)
         for box in range(BOXES):
-            row = 16 * gl.load(entry_ptr + box, mask=start + box * 16 < num_keys, other=0)
-            rows = gl.maximum(gl.minimum(num_keys - start - box * 16, 16), 0)
+            source = gl.minimum(box, last_box)
+            row = 16 * gl.load(entry_ptr + source, mask=num_keys > 0, other=0)
+            rows = gl.maximum(gl.minimum(num_keys - start - source * 16, 16), 1)
             for panel in gl.static_range(PANELS):
                 hopper.tma.async_copy_global_to_shared(
                     v_desc,
@@ -408,12 +431,14 @@ def load_keys_and_values(
         hopper.tma.async_copy_global_to_shared(
             k_desc, [k_start + start, column], k_full, k_tiles.index(stage)
         )
-        rows = gl.minimum(num_keys - start, sizes.block_n)
+        rows = gl.maximum(gl.minimum(num_keys - start, sizes.block_n), 1)
+        # A sequence without keys may begin at the tensor's end.
+        row = gl.where(num_keys > 0, k_start + start, 0)
         hopper.mbarrier.wait(bars.v_empty.index(stage), phase ^ 1)
         hopper.mbarrier.expect(v_full, sizes.tile_bytes)
         hopper.tma.async_copy_global_to_shared(
             v_desc,
-            [k_start + start + rows, sizes.block_n - rows, column],
+            [row + rows, sizes.block_n - rows, column],
             v_full,
             v_tiles.index(stage)._reinterpret(
                 v_desc.dtype, [1, sizes.block_n, sizes.head_dim], v_desc.layout
@@ -658,6 +683,8 @@ def multiplying_warps(buffers, bars, outputs, numbers, which: constexpr, sizes: 
                 mask=query_M < num_queries,
             )
         inverse_M = gl.convert_layout(1.0 / divisor_M, gl.SliceLayout(1, out_layout))
+        if num_keys <= 0:
+            acc_MD = gl.full([sizes.rows, HEAD_DIM], 0.0, gl.float32, out_layout)
         # The queries have been read: their place takes the output, from which whole rows go out.
         q_MD.store((acc_MD * inverse_M[:, None]).to(q_MD.dtype))
         out_MD = q_MD.load(store_layout)

@@ -189,12 +189,12 @@ def test_list_compiles_gluon(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(
-        bench.CANDIDATES, "prefill", lambda heads: bench.gluon_candidates(heads, paged=True)
+        bench.CANDIDATES, "prefill", lambda heads: bench.gluon_candidates(heads)[1:]
     )
     bench.list_candidates(["prefill"])
     *_, document = capsys.readouterr().out.splitlines()
     (made,) = json.loads(document)["candidates"]
-    assert made["candidate"] == "gluon 128x128 s2"
+    assert made["candidate"] == "gluon 128x64 s4"
     assert made["stack_bytes"] == 0
     assert made["num_warps"] == 12
 

@@ -37,6 +37,12 @@ from minigen.kernels import native
 from minigen.kernels.few_rows_linear import PLAIN_ROWS
 from minigen.kernels.paged_attention import choose_num_splits
 from minigen.kernels.tiles import choose_tile
+from minigen.kernels.varlen_attention_gluon import (
+    DEFAULT_TILE,
+    SHORT_TILE,
+    choose_gluon_tile,
+    prefers_gluon,
+)
 from minigen.model import Decoder, DecoderConfig
 from minigen.runner import COMPILE_MODES, Runner, kinds_of_layers
 from minigen.sampling import SamplingTensors
@@ -285,11 +291,10 @@ def test_few_rows_give_what_the_layer_gives(long_rope: bool, monkeypatch) -> Non
 
 @pytest.mark.parametrize("long_rope", [False, True])
 def test_tiled_rows_give_what_the_layer_gives(long_rope: bool, monkeypatch) -> None:
-    """Steps of 17 rows and more, and smaller ones, which the compiled layer serves here."""
+    """And what the compiled layer gives, which here serves the smaller steps at the end."""
     many = [list(range(1, 1 + n)) for n in range(1, 20)]
-    params = [
-        SamplingParams(temperature=0, max_tokens=4 + n % 5, ignore_eos=True) for n in range(19)
-    ]
+    counts = [12, *(4 + n % 5 for n in range(18))]
+    params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in counts]
     expected = run(engine(long_rope=long_rope, max_num_seqs=19), many, params)
     served = []
 
@@ -488,6 +493,7 @@ def test_every_tile_of_attention_is_loaded_before_requests_come(group: int) -> N
     runner = engine().runner
     runner.num_blocks, runner.max_tokens = 4096, 8192
     chosen = set()
+    in_gluon = set()
 
     def hidden(tokens_T, rows_T, positions_T, slots_T, cu_seqlens_S1, kv_lens_S, table_SW) -> None:
         assert not kv_lens_S.any()
@@ -498,9 +504,12 @@ def test_every_tile_of_attention_is_loaded_before_requests_come(group: int) -> N
         programs = max(tokens // tile.block_q, seqs) * 8
         splits = choose_num_splits(programs, -(-width * 16 // tile.block_n), 264)
         chosen.add((tile.block_m, splits > 1))
+        if prefers_gluon(-(-tokens // seqs), 128) and splits == 1:
+            in_gluon.add(choose_gluon_tile(-(-tokens // seqs), width * 16))
 
     runner._load_kernels(hidden)  # pyright: ignore[reportArgumentType]
     assert chosen == {(m, split) for m in (16, 32, 64, 128) for split in (False, True)}
+    assert in_gluon == {SHORT_TILE, DEFAULT_TILE}
     chosen.clear()
     runner.max_tokens = 256
     runner._load_kernels(hidden)  # pyright: ignore[reportArgumentType]

@@ -2,8 +2,10 @@
 
 import importlib
 import runpy
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,15 +16,23 @@ from minigen.kernels.gluon_import import KNOWN_GLUON
 from minigen.kernels.varlen_attention_gluon import (
     DEFAULT_TILE,
     SHORT_TILE,
+    choose_gluon_tile,
     fits_gluon,
-    launch_gluon,
     prefers_gluon,
     runs_gluon,
 )
 from tests.command_line import ROOT
 
 gluon_module = importlib.import_module("minigen.kernels.varlen_attention_gluon")
+paged_module = importlib.import_module("minigen.kernels.paged_attention")
 varlen_module = importlib.import_module("minigen.kernels.varlen_attention")
+
+
+def test_short_sequences_take_small_tiles() -> None:
+    assert [choose_gluon_tile(n) for n in (64, 298, 512, 1024)] == [SHORT_TILE] * 4
+    assert [choose_gluon_tile(n) for n in (1025, 4096, 16384)] == [DEFAULT_TILE] * 3
+    assert choose_gluon_tile(512, most_keys=512) == SHORT_TILE
+    assert choose_gluon_tile(512, most_keys=16384) == DEFAULT_TILE  # a chunk behind many keys
 
 
 def test_few_queries_and_what_was_not_timed_stay() -> None:
@@ -104,14 +114,61 @@ def test_layouts_that_descriptors_do_not_take(
     assert fits_gluon(q_THD, k_TKD, k_TKD, softcap) == fits
 
 
-def test_small_tiles_are_refused_over_the_cache() -> None:
-    cache_rows, lengths = rows(2, tokens=16), torch.tensor([0, 5], dtype=torch.int32)
-    table = torch.zeros(1, 1, dtype=torch.int32)
-    options: Any = {"window": Window(None, 0), "scale": 1.0, "tile": SHORT_TILE}
-    with pytest.raises(ValueError, match="a tile must have 128 keys, got 64"):
-        launch_gluon(
-            rows(8), cache_rows, cache_rows, rows(8), None, lengths, lengths[1:], table, **options
-        )
+class Launches:
+    """Stands for `paged_attention_kernel` and for `launch_gluon`: writes down what is launched."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        def launch(*_: Any, QUERIES: str, IS_SPLIT: bool, **__: Any) -> None:
+            self.seen.append("split" if IS_SPLIT and QUERIES == "many" else QUERIES)
+
+        return launch
+
+    def gluon(self, *_: Any, tile: Any, skips_one: bool, **__: Any) -> None:
+        self.seen.append((tile, skips_one))
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
+    """As on a Hopper GPU with 264 places for programs."""
+    launches = Launches()
+    monkeypatch.setattr(gluon_module, "runs_gluon", lambda _: True)
+    monkeypatch.setattr(paged_module, "resident_programs", lambda *_: 264)
+    monkeypatch.setattr(paged_module, "launch_gluon", launches.gluon)
+    monkeypatch.setattr(paged_module, "paged_attention_kernel", launches)
+    monkeypatch.setattr(paged_module, "merge_splits_kernel", mock.MagicMock())
+    return launches
+
+
+@pytest.mark.parametrize(
+    ("queries", "seqs", "width", "block_size", "expected"),
+    [
+        (8192, 16, 32, 16, [(SHORT_TILE, True), "one"]),
+        (16384, 1, 1024, 16, [(DEFAULT_TILE, True)]),
+        (8192, 2, 1024, 16, [(DEFAULT_TILE, True), "one"]),
+        (2048, 32, 128, 16, [(SHORT_TILE, True), "one"]),
+        (2016, 32, 128, 16, ["many", "one"]),  # 63 queries each
+        (64, 64, 128, 16, ["guess one"]),
+        (8192, 16, 16, 32, ["many", "one"]),  # blocks of 32 rows
+        (128, 1, 1024, 16, ["split"]),
+    ],
+)
+def test_the_launch_for_prompts_runs_in_gluon(
+    queries: int, seqs: int, width: int, block_size: int, expected: list[Any], launches: Launches
+) -> None:
+    cache = torch.zeros(1, block_size, 8, 128, dtype=torch.bfloat16)
+    step = torch.zeros(seqs + 1).int(), torch.zeros(seqs).int(), torch.zeros(seqs, width).int()
+    tensors = rows(32, tokens=queries), cache, cache, *step
+    options: Any = {"window": Window(None, 0), "scale": 1.0, "softcap": 0.0}
+    paged_module.paged_attention_triton(*tensors, **options)
+    assert launches.seen == expected
+    launches.seen.clear()
+    # A soft cap, or a split that is asked for, is the plain kernel's.
+    paged_module.paged_attention_triton(*tensors, **options | {"softcap": 5.0})
+    paged_module.paged_attention_triton(*tensors, **options, num_splits=1)
+    assert not any(isinstance(what, tuple) for what in launches.seen)
 
 
 def test_packed_prompts_run_in_gluon(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +188,7 @@ def test_packed_prompts_run_in_gluon(monkeypatch: pytest.MonkeyPatch) -> None:
         varlen_module._cuda(q_THD, k_TKD, k_TKD, offsets, offsets, True, None, (-1, -1), 0.0, False)
         return tiles.pop()
 
-    assert run(2048, 4) == (DEFAULT_TILE, False)
+    assert run(2048, 4) == (SHORT_TILE, False)
     assert run(2048, 1) == (DEFAULT_TILE, False)
     assert run(2048, 33) == (None, False)
     assert run(5000, 1, dim=64) == (None, True)

@@ -4,10 +4,13 @@ With TRITON_INTERPRET=1 the same properties run on CPU tensors, with shorter seq
 bfloat16, which the interpreter multiplies wrongly.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import os
-from collections.abc import Sequence
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -50,6 +53,7 @@ from tests.attention_cases import (
     make_qkv,
     reference,
 )
+from tests.command_line import ROOT
 from tools import bench_attention
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -293,13 +297,27 @@ def test_varlen_in_gluon_equals_definition(
 
 
 @needs_gluon
+@in_gluon_kinds
 @given(case=cases(HALF_DTYPES, MAX_LEN))
-def test_paged_in_gluon_equals_definition(case: Case) -> None:
-    case = for_gluon(case, torch.bfloat16, 4, 128)
+def test_paged_in_gluon_equals_definition(
+    dtype: torch.dtype, group: int, head_dim: int, tile: GluonTile, case: Case
+) -> None:
+    case = for_gluon(case, dtype, group, head_dim)
     qkv = make_qkv(case, DEVICE)
     expected = reference(case, *qkv)
-    out_THD = run_paged(case, qkv, tile=DEFAULT_TILE)
+    out_THD = run_paged(case, qkv, tile=tile)
     assert_within(out_THD, expected.out_THD, expected.out_error_THD)
+
+
+@contextlib.contextmanager
+def sees_gluon(operation: str) -> Iterator[mock.Mock]:
+    """What the operation launches in Gluon; keys are not split, however few the sequences are."""
+    module = importlib.import_module(f"minigen.kernels.{operation}")
+    with contextlib.ExitStack() as stack:
+        if operation == "paged_attention":
+            stack.enter_context(mock.patch.object(module, "choose_num_splits", return_value=1))
+        patch = mock.patch.object(module, "launch_gluon", wraps=launch_gluon)
+        yield stack.enter_context(patch)
 
 
 @st.composite
@@ -334,6 +352,29 @@ def steps(draw: st.DrawFn, group: int) -> Case:
     )
 
 
+def paged_step(case: Case, qkv: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """The arguments of `paged_attention`."""
+    paged = make_paged(case, DEVICE)
+    kv_cache_write(*qkv[1:], paged.k_cache_NBKD, paged.v_cache_NBKD, paged.slots_T)
+    lengths = cu_seqlens(case.q_lens, DEVICE), paged.kv_lens_S, paged.block_table_SW
+    return qkv[0], paged.k_cache_NBKD, paged.v_cache_NBKD, *lengths
+
+
+@needs_gluon
+@pytest.mark.parametrize("group", GROUPS)
+@settings(max_examples=15)
+@given(data=st.data())
+def test_a_step_in_gluon_equals_definition(group: int, data: st.DataObject) -> None:
+    """As the model calls it: decoding sequences have a launch of their own beside Gluon's."""
+    case = data.draw(steps(group))
+    qkv = make_qkv(case, DEVICE)
+    expected = reference(case, *qkv)
+    with sees_gluon("paged_attention") as launched:
+        out_THD = paged_attention(*paged_step(case, qkv), window_size=case.window_size, pdl=True)
+    assert launched.call_count == 1
+    assert_within(out_THD, expected.out_THD, expected.out_error_THD)
+
+
 @needs_gluon
 @pytest.mark.parametrize("group", GROUPS)
 @settings(max_examples=15)
@@ -344,12 +385,99 @@ def test_packed_prompts_in_gluon_equal_definition(group: int, data: st.DataObjec
     qkv = make_qkv(case, DEVICE)
     expected = reference(case, *qkv)
     offsets = cu_seqlens(case.q_lens, DEVICE)
-    module = importlib.import_module("minigen.kernels.varlen_attention")
-    with mock.patch.object(module, "launch_gluon", wraps=launch_gluon) as launched:
+    with sees_gluon("varlen_attention") as launched:
         out_THD, lse_HT = varlen_attention(*qkv, offsets, offsets, window_size=case.window_size)
     assert launched.call_count == 1
     assert_within(out_THD, expected.out_THD, expected.out_error_THD)
     assert_within(lse_HT, expected.lse_HT, expected.lse_error_HT)
+
+
+LONG_CASE = Case(
+    q_lens=(1, 1900, 1300),
+    kv_lens=(700, 1900, 1500),
+    num_heads=8,
+    num_kv_heads=2,
+    head_dim=128,
+    dtype=torch.bfloat16,
+    causal=True,
+    window_size=(-1, -1),
+    softcap=0.0,
+    scale=128**-0.5,
+    block_size=16,
+    seed=0,
+)
+
+
+@needs_gluon
+def test_long_prompts_take_large_tiles_in_gluon() -> None:
+    qkv = make_qkv(LONG_CASE, DEVICE)
+    expected = reference(LONG_CASE, *qkv)
+    with sees_gluon("paged_attention") as launched:
+        paged_THD = paged_attention(*paged_step(LONG_CASE, qkv))
+    with sees_gluon("varlen_attention") as launched_packed:
+        offsets = cu_seqlens(LONG_CASE.q_lens, DEVICE), cu_seqlens(LONG_CASE.kv_lens, DEVICE)
+        out_THD, _ = varlen_attention(*qkv, *offsets)
+    tiles = [seen.call_args.kwargs["tile"] for seen in (launched, launched_packed)]
+    assert tiles == [DEFAULT_TILE, DEFAULT_TILE]
+    assert_within(paged_THD, expected.out_THD, expected.out_error_THD)
+    assert_within(out_THD, expected.out_THD, expected.out_error_THD)
+
+
+@needs_gluon
+@pytest.mark.parametrize("skips_one", [False, True])
+def test_gluon_leaves_sequences_of_one_query_to_another_launch(skips_one: bool) -> None:
+    case = dataclasses.replace(LONG_CASE, q_lens=(1, 2, 0, 1, 70), kv_lens=(200, 2, 0, 1, 70))
+    qkv = make_qkv(case, DEVICE)
+    expected = reference(case, *qkv)
+    q_THD, k_cache, v_cache, *lengths = paged_step(case, qkv)
+    out_THD = torch.full_like(q_THD, 7.0)
+    rows = k_cache.flatten(0, 1), v_cache.flatten(0, 1)
+    window = resolve_window(case.causal, case.window_size)
+    launch_gluon(
+        q_THD, *rows, out_THD, None, *lengths, window=window, scale=case.scale, skips_one=skips_one
+    )
+    left_T = torch.tensor([n == 1 for n in case.q_lens for _ in range(n)]) & skips_one
+    assert (out_THD.cpu()[left_T] == 7.0).all()
+    expected.out_THD[left_T] = 7.0
+    assert_within(out_THD, expected.out_THD, expected.out_error_THD)
+
+
+@needs_gluon
+def test_a_graph_replays_gluon_on_other_lengths() -> None:
+    """Captured with null sequences behind, replayed on what its buffers hold then, and twice: each
+    replay counts its tiles from 0."""
+    first = dataclasses.replace(LONG_CASE, q_lens=(300, 1, 211, 0, 0), kv_lens=(300, 90, 400, 0, 0))
+    other = dataclasses.replace(
+        LONG_CASE, q_lens=(1, 130, 0, 380, 1), kv_lens=(33, 250, 0, 380, 0), seed=1
+    )
+    steps_and_expected = []
+    for case in (first, other):
+        qkv = make_qkv(case, DEVICE)
+        steps_and_expected.append((paged_step(case, qkv), reference(case, *qkv)))
+    shapes = [
+        [max(sizes) for sizes in zip(*(x.shape for x in same), strict=True)]
+        for same in zip(*(step for step, _ in steps_and_expected), strict=True)
+    ]
+    buffers = [
+        torch.zeros(shape, dtype=x.dtype, device=DEVICE)
+        for shape, x in zip(shapes, steps_and_expected[0][0], strict=True)
+    ]
+
+    def fill(step: tuple[Tensor, ...]) -> None:
+        for buffer, x in zip(buffers, step, strict=True):
+            buffer.zero_()[tuple(slice(0, length) for length in x.shape)] = x
+
+    fill(steps_and_expected[0][0])
+    with sees_gluon("paged_attention") as launched:
+        paged_attention(*buffers, pdl=True)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out_THD = paged_attention(*buffers, pdl=True)
+    assert launched.call_count == 2
+    for step, expected in [*steps_and_expected, *steps_and_expected]:
+        fill(step)
+        graph.replay()
+        assert_within(out_THD, expected.out_THD, expected.out_error_THD)
 
 
 @needs_gluon
@@ -371,8 +499,50 @@ def test_a_program_takes_many_tiles_in_gluon() -> None:
         out_THD, lse_HT = run_varlen(case, qkv, tile)
         assert_within(out_THD, expected.out_THD, expected.out_error_THD)
         assert_within(lse_HT, expected.lse_HT, expected.lse_error_HT)
-    out_THD = run_paged(case, qkv, tile=DEFAULT_TILE)
-    assert_within(out_THD, expected.out_THD, expected.out_error_THD)
+        assert_within(run_paged(case, qkv, tile=tile), expected.out_THD, expected.out_error_THD)
+
+
+WHERE_NOTHING_LIES_BEFORE = """
+import torch
+from minigen.kernels.checks import Window
+from minigen.kernels.varlen_attention_gluon import DEFAULT_TILE, SHORT_TILE, launch_gluon
+
+# Of eight neighbours in memory, each of its own, three are given back.
+pieces = [torch.zeros(32 << 20, dtype=torch.uint8, device="cuda") for _ in range(8)]
+pieces.sort(key=lambda piece: piece.data_ptr())
+memory, pieces[1:4] = pieces[4], []
+torch.cuda.empty_cache()
+v_TKD = memory[: 2048 * 2 * 128 * 2].view(torch.bfloat16).view(2048, 2, 128)
+v_TKD[:] = 1
+v_TKD[0] = torch.nan  # no key of these sequences
+k_TKD = torch.randn_like(v_TKD)
+q_THD = torch.randn(130, 8, 128, device="cuda").bfloat16()
+table_SW = torch.arange(1, 10, device="cuda").int()[None].contiguous()
+
+def ints(*numbers):
+    return torch.tensor(numbers, device="cuda").int()
+
+for tile in (DEFAULT_TILE, SHORT_TILE):
+    for num_keys in (0, 1, 16, 17, 40, 64, 130, 144):
+        for lengths, table in ((ints(7, 7 + num_keys), None), (ints(num_keys), table_SW)):
+            out_THD = torch.full_like(q_THD, 7)
+            launch_gluon(
+                q_THD, k_TKD, v_TKD, out_THD, None, ints(0, 130), lengths, table,
+                window=Window(None, None), scale=0.1, tile=tile,
+            )
+            torch.cuda.synchronize()
+            expected = torch.full_like(out_THD, 1 if num_keys else 0)
+            torch.testing.assert_close(out_THD, expected, rtol=0.01, atol=0)
+"""
+
+
+@needs_gluon
+def test_values_may_begin_where_nothing_lies_before_in_gluon() -> None:
+    """In a process of its own: the access that this is about would end all that follow."""
+    run = subprocess.run(
+        [sys.executable, "-c", WHERE_NOTHING_LIES_BEFORE], capture_output=True, text=True, cwd=ROOT
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
 
 
 @needs_gluon

@@ -30,7 +30,7 @@ from minigen.kernels.kv_cache_write import kv_cache_write_kernel
 from minigen.kernels.paged_attention import merge_splits_kernel, paged_attention_kernel
 from minigen.kernels.rope_cache_write import rope_cache_write_kernel, rope_constants
 from minigen.kernels.sum_norm import norm_rows_kernel
-from minigen.kernels.tile_linear_gluon import choose_gluon_tile, choose_parts, sizes_of
+from minigen.kernels.tile_linear_gluon import choose_parts, choose_rows_tile, sizes_of
 from minigen.kernels.tiles import (
     Tile,
     choose_tile,
@@ -218,21 +218,21 @@ def test_warps_are_specialised_on_hopper(head_dim: int, block_n: int) -> None:
 
 
 @pytest.mark.skipif(not KNOWN_GLUON, reason="this Triton's Gluon was never tried")
+@pytest.mark.parametrize("paged", [False, True])
 @pytest.mark.parametrize(
-    ("head_dim", "group", "has_left", "floats", "tile", "paged"),
+    ("head_dim", "group", "has_left", "floats", "tile"),
     [
-        (128, 4, False, "bf16", DEFAULT_TILE, False),
-        (128, 1, True, "bf16", DEFAULT_TILE, False),
-        (64, 8, True, "fp16", DEFAULT_TILE, False),
-        (128, 4, False, "bf16", DEFAULT_TILE, True),
-        (64, 8, True, "fp16", DEFAULT_TILE, True),
-        (128, 2, True, "fp16", SHORT_TILE, False),
+        (128, 4, False, "bf16", DEFAULT_TILE),
+        (128, 1, True, "bf16", DEFAULT_TILE),
+        (64, 8, True, "fp16", DEFAULT_TILE),
+        (128, 4, False, "bf16", SHORT_TILE),
+        (128, 2, True, "fp16", SHORT_TILE),
     ],
 )
 def test_gluon_attention(
     head_dim: int, group: int, has_left: bool, floats: str, tile: GluonTile, paged: bool
 ) -> None:
-    sizes = Sizes(head_dim, group, *tile, has_left, True, paged)
+    sizes = Sizes(head_dim, group, *tile, has_left, True, paged, skips_one=paged)
     compiled = compile_gluon_ahead(sizes, floats)
     assert compiled.num_warps == 12  # two groups that multiply, and one of which a warp loads
     assert compiled.warp_specialized
@@ -266,7 +266,7 @@ def test_tile_linear(
     has_bias: bool,
 ) -> None:
     parts = choose_parts(num_rows, num_inputs, num_outputs) if is_split else 1
-    tile = choose_gluon_tile(num_rows, activation != "", parts if is_split else 0)
+    tile = choose_rows_tile(num_rows, activation != "", parts if is_split else 0)
     sizes = sizes_of(tile, num_inputs, num_outputs, parts, has_bias, is_split, activation)
     compiled = compile_linear_ahead(sizes, "bf16")
     assert compiled.shared_bytes <= TARGETS["sm_90"][1]

@@ -124,12 +124,10 @@ def name_of(candidate: AnyCandidate | None) -> str:
     return CHOSEN if candidate is None else str(candidate)
 
 
-def gluon_candidates(heads: Heads, paged: bool = False) -> list[Candidate]:
-    """Large tiles and small ones, which the cache does not take; of heads of 64 as many in flight
-    as of small ones."""
+def gluon_candidates(heads: Heads) -> list[Candidate]:
+    """Large tiles and small ones; of heads of 64 as many in flight as of small ones."""
     large = DEFAULT_TILE if heads.dim == 128 else DEFAULT_TILE._replace(stages=4)
-    tiles = (large,) if paged else (large, SHORT_TILE)
-    return [Candidate(tile) for tile in tiles if KNOWN_GLUON]
+    return [Candidate(tile) for tile in (large, SHORT_TILE) if KNOWN_GLUON]
 
 
 def varlen_candidates(heads: Heads) -> list[Candidate]:
@@ -202,7 +200,7 @@ def prefill_candidates(heads: Heads) -> list[Candidate]:
         Candidate(tile(128, 64, 8, 3, 128)),
         Candidate(tile(128, 32, 8, 5, 128)),
         Candidate(tile(128, 32, 8, 7, 128)),
-        *gluon_candidates(heads, paged=True),
+        *gluon_candidates(heads),
     ]
 
 
