@@ -2,7 +2,8 @@
 // their time on repacking weights and on one call a sequence. `native.py` builds and registers it.
 //
 // Shapes: T packed tokens, E inputs and F outputs of a linear layer, S sequences, H query heads,
-// K key/value heads, G = H / K, D head dim, N cache blocks, B tokens a block, W blocks a sequence.
+// K key/value heads, X = H + 2K, G = H / K, D head dim, R half of what is rotated of it, N cache
+// blocks, B tokens a block, W blocks a sequence.
 // A tile has R rows (queries of one sequence times the G heads that share keys) and KEYS keys.
 
 #include <ATen/Parallel.h>
@@ -308,18 +309,86 @@ void write_rows(const at::Tensor& x_TKD, const at::Tensor& cache_NBKD, const int
   });
 }
 
+// The slots' numbers, of a cache that holds so many.
+const int64_t* checked_slots(const at::Tensor& slots_T, const at::Tensor& cache_NBKD) {
+  const int64_t* slot = slots_T.const_data_ptr<int64_t>();
+  const int64_t num_slots = cache_NBKD.size(0) * cache_NBKD.size(1);
+  for (int64_t t = 0; t < slots_T.numel(); ++t)
+    TORCH_CHECK_VALUE(
+        slot[t] >= -1 && slot[t] < num_slots, "slots must be from 0 to ", num_slots - 1,
+        ", or -1 to skip a token, got ", slot[t]);
+  return slot;
+}
+
 void kv_cache_write(
     const at::Tensor& k_TKD, const at::Tensor& v_TKD, at::Tensor k_cache, at::Tensor v_cache,
     const at::Tensor& slots_T) {
   const auto slots = slots_T.contiguous();
-  const int64_t* slot = slots.const_data_ptr<int64_t>();
-  const int64_t num_slots = k_cache.size(0) * k_cache.size(1);
-  for (int64_t t = 0; t < slots.numel(); ++t)
-    TORCH_CHECK_VALUE(
-        slot[t] >= -1 && slot[t] < num_slots, "slots must be from 0 to ", num_slots - 1,
-        ", or -1 to skip a token, got ", slot[t]);
+  const int64_t* slot = checked_slots(slots, k_cache);
   write_rows(k_TKD, k_cache, slot);
   write_rows(v_TKD, v_cache, slot);
+}
+
+// The first 2 * half of `size` entries rotated, halves paired (arXiv 2104.09864); in float32, rounded
+// once.
+template <typename T>
+void rotate(const T* x, const float* cos, const float* sin, int64_t half, int64_t size, T* to) {
+  for (int64_t i = 0; i < half; i += 2 * LANES) {
+    const int64_t count = std::min(half - i, 2 * LANES);
+    const auto a = load_pair(x + i, count), b = load_pair(x + half + i, count);
+    const auto c = load_pair(cos + i, count), s = load_pair(sin + i, count);
+    float turned[2 * LANES];
+    (a.low * c.low - b.low * s.low).store(turned);
+    (a.high * c.high - b.high * s.high).store(turned + LANES);
+    narrow(turned, count, to + i);
+    (b.low * c.low + a.low * s.low).store(turned);
+    (b.high * c.high + a.high * s.high).store(turned + LANES);
+    narrow(turned, count, to + half + i);
+  }
+  std::memcpy(to + 2 * half, x + 2 * half, (size - 2 * half) * sizeof(T));
+}
+
+// From the projection [T, H + 2K, D] to rotated queries [T, H, D] and a written cache: what are four
+// operations of a layer otherwise. Row t of the tables is token t's; half 0 rotates nothing.
+template <typename T>
+void rope_rows(
+    const at::Tensor& qkv_TXD, const float* cos, const float* sin, int64_t half, at::Tensor& k_cache,
+    at::Tensor& v_cache, const int64_t* slots, int64_t table_width, at::Tensor& q_THD) {
+  const int64_t heads = q_THD.size(1), kv_heads = k_cache.size(2), size = qkv_TXD.size(2);
+  const int64_t token_stride = qkv_TXD.stride(0), head_stride = qkv_TXD.stride(1);
+  const T* qkv = qkv_TXD.const_data_ptr<T>();
+  T *q = q_THD.mutable_data_ptr<T>(), *k = k_cache.mutable_data_ptr<T>();
+  T* v = v_cache.mutable_data_ptr<T>();
+  at::parallel_for(0, qkv_TXD.size(0), 64, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const T* x = qkv + t * token_stride;
+      const float *c = cos + t * table_width, *s = sin + t * table_width;
+      for (int64_t head = 0; head < heads; ++head, x += head_stride)
+        rotate(x, c, s, half, size, q + (t * heads + head) * size);
+      if (slots[t] < 0) continue;
+      for (int64_t head = 0; head < kv_heads; ++head, x += head_stride) {
+        const int64_t row = (slots[t] * kv_heads + head) * size;
+        rotate(x, c, s, half, size, k + row);
+        std::memcpy(v + row, x + kv_heads * head_stride, size * sizeof(T));
+      }
+    }
+  });
+}
+
+at::Tensor rope_cache_write(
+    const at::Tensor& qkv_TXD, const at::Tensor& cos_TR, const at::Tensor& sin_TR,
+    at::Tensor k_cache, at::Tensor v_cache, const at::Tensor& slots_T, bool rotates) {
+  const auto qkv = qkv_TXD.stride(2) == 1 ? qkv_TXD : qkv_TXD.contiguous();
+  const auto slots = slots_T.contiguous();
+  const int64_t* slot = checked_slots(slots, k_cache);
+  const int64_t half = cos_TR.size(1);
+  auto q = at::empty({qkv.size(0), qkv.size(1) - 2 * k_cache.size(2), qkv.size(2)}, qkv.options());
+  by_dtype(qkv.scalar_type(), [&](auto zero) {
+    rope_rows<decltype(zero)>(
+        qkv, cos_TR.const_data_ptr<float>(), sin_TR.const_data_ptr<float>(), rotates ? half : 0,
+        k_cache, v_cache, slot, half, q);
+  });
+  return q;
 }
 
 // --- attention -----------------------------------------------------------------------------------
@@ -835,6 +904,10 @@ TORCH_LIBRARY_FRAGMENT(minigen, m) {
       "Tensor(b!) v_cache_NBKD, Tensor slots_T) -> ()",
       {at::Tag::pt2_compliant_tag});
   m.def(
+      "native_rope_cache_write(Tensor qkv_TXD, Tensor cos_TR, Tensor sin_TR, Tensor(a!) k_cache_NBKD, "
+      "Tensor(b!) v_cache_NBKD, Tensor slots_T, bool rotates) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
       "native_paged_attention(Tensor q_THD, Tensor k_cache_NBKD, Tensor v_cache_NBKD, "
       "Tensor cu_seqlens_q, Tensor kv_lens_S, Tensor block_table_SW, float scale, int left, "
       "int right, float softcap) -> Tensor",
@@ -844,5 +917,6 @@ TORCH_LIBRARY_FRAGMENT(minigen, m) {
 TORCH_LIBRARY_IMPL(minigen, CPU, m) {
   m.impl("native_linear", linear);
   m.impl("native_kv_cache_write", kv_cache_write);
+  m.impl("native_rope_cache_write", rope_cache_write);
   m.impl("native_paged_attention", paged_attention);
 }
