@@ -350,7 +350,7 @@ class Runner:
         if self.compile != "default":
             return torch.compile(function, fullgraph=True, mode=self.compile)
         # A dict for each: `torch.compile` takes the filter out of it.
-        options = {"guard_filter_fn": guards_beside_model}
+        options: dict[str, Any] = {"guard_filter_fn": guards_beside_model}
         return torch.compile(function, fullgraph=True, options=options)
 
     @property
