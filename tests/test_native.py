@@ -67,6 +67,7 @@ def test_a_sequence_is_the_same_alone(case: Case) -> None:
 
 
 @given(cases(DTYPES, max_len=1100))
+@example(dataclasses.replace(PLAIN, q_lens=(1,), kv_lens=(1025,), num_heads=9, num_kv_heads=3))
 def test_threads_do_not_change_a_bit(case: Case) -> None:
     q_THD, k_TKD, v_TKD = make_qkv(case)
     weight_FE = torch.randn(500, case.head_dim).to(case.dtype)
