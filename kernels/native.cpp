@@ -165,7 +165,8 @@ struct Dot<at::BFloat16> {
 #endif
 
 // out[M rows, N columns] = x[M, depth] * weight[N, depth]^T + bias, rows of x and weight apart by
-// their strides.
+// their strides. Each step asks for the next P lines of memory from `ahead` on. `bias` has 16 entries,
+// each column's N apart.
 template <typename T, typename Out, int M, int N, int P>
 void dot_tile(
     const T* x, int64_t x_stride, const T* weight, int64_t weight_stride, int64_t depth,
@@ -249,7 +250,10 @@ void linear_rows(
     for (int64_t tile = begin; tile < end; ++tile) {
       const int64_t n = tile * N, count = std::min<int64_t>(N, outputs - n);
       // Rows are too short for the processor to foresee the next ones.
-      const char* next = tile + 2 < end ? reinterpret_cast<const char*>(weight + (n + 2 * N) * depth) : nullptr;
+      // Those of the tile after next are asked for, a few lines in each step: many at once would hold
+      // up the products.
+      const char* next = nullptr;
+      if (tile + 2 < end) next = reinterpret_cast<const char*>(weight + (n + 2 * N) * depth);
       float biases[4 * N] = {};
       for (int64_t i = 0; bias && i < 4 * N; ++i) biases[i] = float(bias[n + i % count]);
       if (count == N) {

@@ -1,8 +1,9 @@
 """The C++ kernels of `native.cpp`: built with torch's own compiler driver, kept in its cache.
 
-They serve where torch's kernels lose: linear layers of few rows and paged attention of many short
-sequences. Everything works without them, slower: no compiler, no headers or a dtype that they do
-not know leave the operations to torch.
+They serve where torch's kernels lose: linear layers of few rows, paged attention of many short
+sequences, and what lies between the two, where calls take longer than the work. Everything works
+without them, slower: no compiler, no headers or a dtype that they do not know leave the operations
+to torch.
 """
 
 from pathlib import Path
