@@ -2,7 +2,8 @@
 // their time on repacking weights and on one call a sequence. `native.py` builds and registers it.
 //
 // Shapes: T packed tokens, E inputs and F outputs of a linear layer, S sequences, H query heads,
-// K key/value heads, G = H / K, D head dim, N cache blocks, B tokens a block, W blocks a sequence.
+// K key/value heads, X = H + 2K, G = H / K, D head dim, R half of what is rotated of it, N cache
+// blocks, B tokens a block, W blocks a sequence.
 // A tile has R rows (queries of one sequence times the G heads that share keys) and KEYS keys.
 
 #include <ATen/Parallel.h>
@@ -14,6 +15,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <type_traits>
@@ -35,6 +37,9 @@ constexpr int64_t SPLIT_KEYS = 512;
 constexpr int64_t FEW_ROWS = 8;  // below, transposing the keys costs more than it saves
 // Finite, since the compiler may be told that there is no infinity; below any score.
 constexpr float NOTHING = -1e30f;
+
+// A call would leave a tile's sums in memory.
+#define INLINE inline __attribute__((always_inline))
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
@@ -94,21 +99,41 @@ void narrow(const float* from, int64_t count, at::Half* to) {
   at::vec::convert_float_half(Vec::loadu(from), Vec::loadu(from + LANES)).store(to, count);
 }
 
-// The sums of four vectors' entries, side by side. One after the other takes three times as many
-// instructions, a third of a product of 576 inputs.
-void sums_of(const Vec* x, float* to) {
+// The sums of M rows of four vectors' entries: to[m * 4 + n] is that of x[m][n]. Always in the same
+// order, halves first, whatever M is: a row's numbers must not depend on its neighbours.
 #if defined(CPU_CAPABILITY_AVX512)
-  __m256 half[4];
-  for (int i = 0; i < 4; ++i)
-    half[i] = _mm256_add_ps(
-        _mm512_castps512_ps256(x[i]), _mm512_extractf32x8_ps(static_cast<__m512>(x[i]), 1));
-  const __m256 both =
-      _mm256_hadd_ps(_mm256_hadd_ps(half[0], half[1]), _mm256_hadd_ps(half[2], half[3]));
-  _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1)));
-#else
-  for (int i = 0; i < 4; ++i) to[i] = sum_of(x[i]);
-#endif
+template <int M>
+INLINE void sums_of(const Vec (&x)[M][4], float* to) {
+  static_assert(M <= 4);
+  // Two vectors are folded into one at each step, so that 16 sums take 46 instructions.
+  auto folded = [](__m512 low, __m512 high) { return _mm512_add_ps(low, high); };
+  __m512 rows[4];  // 4 entries of each sum
+#pragma GCC unroll 4
+  for (int m = 0; m < M; ++m) {
+    const __m512 a = x[m][0], b = x[m][1], c = x[m][2], d = x[m][3];
+    const __m512 ab = folded(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+    const __m512 cd = folded(_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xee));
+    rows[m] = folded(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+  }
+#pragma GCC unroll 4
+  for (int m = M; m < 4; ++m) rows[m] = rows[0];
+  auto halved = [&](__m512 a, __m512 b) {
+    const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b));
+    const __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b));
+    return folded(_mm512_castpd_ps(low), _mm512_castpd_ps(high));
+  };
+  const __m512 a = halved(rows[0], rows[1]), b = halved(rows[2], rows[3]);
+  const __m512 sums = folded(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xdd));
+  const __m512i turned = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  _mm512_storeu_ps(to, _mm512_permutexvar_ps(turned, sums));
 }
+#else
+template <int M>
+INLINE void sums_of(const Vec (&x)[M][4], float* to) {
+  for (int m = 0; m < M; ++m)
+    for (int n = 0; n < 4; ++n) to[m * 4 + n] = sum_of(x[m][n]);
+}
+#endif
 
 // --- linear --------------------------------------------------------------------------------------
 
@@ -140,14 +165,17 @@ struct Dot<at::BFloat16> {
 #endif
 
 // out[M rows, N columns] = x[M, depth] * weight[N, depth]^T + bias, rows of x and weight apart by
-// their strides.
-template <typename T, typename Out, int M, int N>
+// their strides. Each step asks for the next P lines of memory from `ahead` on. `bias` has 16 entries,
+// each column's N apart.
+template <typename T, typename Out, int M, int N, int P>
 void dot_tile(
     const T* x, int64_t x_stride, const T* weight, int64_t weight_stride, int64_t depth,
-    const float* bias, Out* out, int64_t out_stride) {
+    const float* bias, Out* out, int64_t out_stride, const char* ahead) {
   static_assert(M * N <= 2 * LANES && (N == 4 || N == 1));
   Vec sums[M][N];
+#pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
     for (int n = 0; n < N; ++n) sums[m][n] = Vec(0.0f);
   int64_t at = 0;
   auto step = [&](int64_t count) {
@@ -161,20 +189,22 @@ void dot_tile(
       for (int n = 0; n < N; ++n) Dot<T>::add(sums[m][n], piece, pieces[n]);
     }
   };
-  for (; at + Dot<T>::SIZE <= depth; at += Dot<T>::SIZE) step(Dot<T>::SIZE);
+  for (; at + Dot<T>::SIZE <= depth; at += Dot<T>::SIZE) {
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) __builtin_prefetch(ahead + p * 64);
+    ahead += P * 64;
+    step(Dot<T>::SIZE);
+  }
   if (at < depth) step(depth - at);
   float values[2 * LANES] = {};
-  for (int m = 0; m < M; ++m) {
-    if constexpr (N == 4)
-      sums_of(sums[m], values + m * N);
-    else
-      values[m] = sum_of(sums[m][0]);
-  }
+  if constexpr (N == 4)
+    sums_of(sums, values);
+  else
+    for (int m = 0; m < M; ++m) values[m] = sum_of(sums[m][0]);
+  for (int i = 0; i < M * N; i += LANES) (Vec::loadu(values + i) + Vec::loadu(bias + i)).store(values + i);
   if constexpr (std::is_same_v<Out, float>) {
-    for (int m = 0; m < M; ++m)
-      for (int n = 0; n < N; ++n) out[m * out_stride + n] = values[m * N + n] + bias[n];
+    for (int m = 0; m < M; ++m) std::memcpy(out + m * out_stride, values + m * N, N * sizeof(Out));
   } else {
-    for (int i = 0; i < M * N; ++i) values[i] += bias[i % N];
     Out narrowed[2 * LANES];
     narrow(values, M * N, narrowed);
     for (int m = 0; m < M; ++m)
@@ -185,17 +215,24 @@ void dot_tile(
 template <typename T, typename Out, int N>
 void dot_rows(
     const T* x, int64_t x_stride, int64_t rows, const T* weight, int64_t weight_stride,
-    int64_t depth, const float* bias, Out* out, int64_t out_stride) {
-  auto tile = [&](int64_t m, auto count) {
-    dot_tile<T, Out, count, N>(
+    int64_t depth, const float* bias, Out* out, int64_t out_stride, const char* ahead = nullptr) {
+  auto tile = [&](int64_t m, auto count, auto lines) {
+    dot_tile<T, Out, count, N, lines>(
         x + m * x_stride, x_stride, weight, weight_stride, depth, bias, out + m * out_stride,
-        out_stride);
+        out_stride, ahead);
+    ahead += lines * (depth / Dot<T>::SIZE) * 64;
   };
-  int64_t m = 0;
-  for (; m + 4 <= rows; m += 4) tile(m, std::integral_constant<int, 4>());
-  for (; m + 3 <= rows; m += 3) tile(m, std::integral_constant<int, 3>());
-  for (; m + 2 <= rows; m += 2) tile(m, std::integral_constant<int, 2>());
-  for (; m < rows; ++m) tile(m, std::integral_constant<int, 1>());
+  auto sweep = [&](int64_t m, auto lines) {
+    for (; m + 4 <= rows; m += 4) tile(m, std::integral_constant<int, 4>(), lines);
+    for (; m + 3 <= rows; m += 3) tile(m, std::integral_constant<int, 3>(), lines);
+    for (; m + 2 <= rows; m += 2) tile(m, std::integral_constant<int, 2>(), lines);
+    for (; m < rows; ++m) tile(m, std::integral_constant<int, 1>(), lines);
+  };
+  if (!ahead) return sweep(0, std::integral_constant<int, 0>());
+  const int64_t tiles = (rows + 3) / 4;
+  if (tiles == 1) return sweep(0, std::integral_constant<int, 4>());
+  if (tiles < 4) return sweep(0, std::integral_constant<int, 2>());
+  sweep(0, std::integral_constant<int, 1>());
 }
 
 template <typename T>
@@ -213,21 +250,24 @@ void linear_rows(
     for (int64_t tile = begin; tile < end; ++tile) {
       const int64_t n = tile * N, count = std::min<int64_t>(N, outputs - n);
       // Rows are too short for the processor to foresee the next ones.
-      const char* next = reinterpret_cast<const char*>(weight + (n + N) * depth);
-      const int64_t ahead = tile + 1 < end ? std::min<int64_t>(N, outputs - n - N) * depth : 0;
-      for (int64_t byte = 0; byte < ahead * int64_t(sizeof(T)); byte += 64)
-        __builtin_prefetch(next + byte);
-      float biases[N] = {};
-      for (int64_t i = 0; i < count && bias; ++i) biases[i] = float(bias[n + i]);
+      // Those of the tile after next are asked for, a few lines in each step: many at once would hold
+      // up the products.
+      const char* next = nullptr;
+      if (tile + 2 < end) next = reinterpret_cast<const char*>(weight + (n + 2 * N) * depth);
+      float biases[4 * N] = {};
+      for (int64_t i = 0; bias && i < 4 * N; ++i) biases[i] = float(bias[n + i % count]);
       if (count == N) {
         dot_rows<T, T, N>(
-            x, x_stride, rows, weight + n * depth, depth, depth, biases, out + n, outputs);
+            x, x_stride, rows, weight + n * depth, depth, depth, biases, out + n, outputs, next);
         continue;
       }
-      for (int64_t i = 0; i < count; ++i)
+      for (int64_t i = 0; i < count; ++i) {
+        float one_bias[4 * N];
+        std::fill(one_bias, one_bias + 4 * N, biases[i]);
         dot_rows<T, T, 1>(
-            x, x_stride, rows, weight + (n + i) * depth, depth, depth, biases + i, out + n + i,
+            x, x_stride, rows, weight + (n + i) * depth, depth, depth, one_bias, out + n + i,
             outputs);
+      }
     }
   });
 }
@@ -273,18 +313,86 @@ void write_rows(const at::Tensor& x_TKD, const at::Tensor& cache_NBKD, const int
   });
 }
 
+// The slots' numbers, of a cache that holds so many.
+const int64_t* checked_slots(const at::Tensor& slots_T, const at::Tensor& cache_NBKD) {
+  const int64_t* slot = slots_T.const_data_ptr<int64_t>();
+  const int64_t num_slots = cache_NBKD.size(0) * cache_NBKD.size(1);
+  for (int64_t t = 0; t < slots_T.numel(); ++t)
+    TORCH_CHECK_VALUE(
+        slot[t] >= -1 && slot[t] < num_slots, "slots must be from 0 to ", num_slots - 1,
+        ", or -1 to skip a token, got ", slot[t]);
+  return slot;
+}
+
 void kv_cache_write(
     const at::Tensor& k_TKD, const at::Tensor& v_TKD, at::Tensor k_cache, at::Tensor v_cache,
     const at::Tensor& slots_T) {
   const auto slots = slots_T.contiguous();
-  const int64_t* slot = slots.const_data_ptr<int64_t>();
-  const int64_t num_slots = k_cache.size(0) * k_cache.size(1);
-  for (int64_t t = 0; t < slots.numel(); ++t)
-    TORCH_CHECK_VALUE(
-        slot[t] >= -1 && slot[t] < num_slots, "slots must be from 0 to ", num_slots - 1,
-        ", or -1 to skip a token, got ", slot[t]);
+  const int64_t* slot = checked_slots(slots, k_cache);
   write_rows(k_TKD, k_cache, slot);
   write_rows(v_TKD, v_cache, slot);
+}
+
+// The first 2 * half of `size` entries rotated, halves paired (arXiv 2104.09864); in float32, rounded
+// once.
+template <typename T>
+void rotate(const T* x, const float* cos, const float* sin, int64_t half, int64_t size, T* to) {
+  for (int64_t i = 0; i < half; i += 2 * LANES) {
+    const int64_t count = std::min(half - i, 2 * LANES);
+    const auto a = load_pair(x + i, count), b = load_pair(x + half + i, count);
+    const auto c = load_pair(cos + i, count), s = load_pair(sin + i, count);
+    float turned[2 * LANES];
+    (a.low * c.low - b.low * s.low).store(turned);
+    (a.high * c.high - b.high * s.high).store(turned + LANES);
+    narrow(turned, count, to + i);
+    (b.low * c.low + a.low * s.low).store(turned);
+    (b.high * c.high + a.high * s.high).store(turned + LANES);
+    narrow(turned, count, to + half + i);
+  }
+  std::memcpy(to + 2 * half, x + 2 * half, (size - 2 * half) * sizeof(T));
+}
+
+// From the projection [T, H + 2K, D] to rotated queries [T, H, D] and a written cache: what are four
+// operations of a layer otherwise. Row t of the tables is token t's; half 0 rotates nothing.
+template <typename T>
+void rope_rows(
+    const at::Tensor& qkv_TXD, const float* cos, const float* sin, int64_t half, at::Tensor& k_cache,
+    at::Tensor& v_cache, const int64_t* slots, int64_t table_width, at::Tensor& q_THD) {
+  const int64_t heads = q_THD.size(1), kv_heads = k_cache.size(2), size = qkv_TXD.size(2);
+  const int64_t token_stride = qkv_TXD.stride(0), head_stride = qkv_TXD.stride(1);
+  const T* qkv = qkv_TXD.const_data_ptr<T>();
+  T *q = q_THD.mutable_data_ptr<T>(), *k = k_cache.mutable_data_ptr<T>();
+  T* v = v_cache.mutable_data_ptr<T>();
+  at::parallel_for(0, qkv_TXD.size(0), 64, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      const T* x = qkv + t * token_stride;
+      const float *c = cos + t * table_width, *s = sin + t * table_width;
+      for (int64_t head = 0; head < heads; ++head, x += head_stride)
+        rotate(x, c, s, half, size, q + (t * heads + head) * size);
+      if (slots[t] < 0) continue;
+      for (int64_t head = 0; head < kv_heads; ++head, x += head_stride) {
+        const int64_t row = (slots[t] * kv_heads + head) * size;
+        rotate(x, c, s, half, size, k + row);
+        std::memcpy(v + row, x + kv_heads * head_stride, size * sizeof(T));
+      }
+    }
+  });
+}
+
+at::Tensor rope_cache_write(
+    const at::Tensor& qkv_TXD, const at::Tensor& cos_TR, const at::Tensor& sin_TR,
+    at::Tensor k_cache, at::Tensor v_cache, const at::Tensor& slots_T, bool rotates) {
+  const auto qkv = qkv_TXD.stride(2) == 1 ? qkv_TXD : qkv_TXD.contiguous();
+  const auto slots = slots_T.contiguous();
+  const int64_t* slot = checked_slots(slots, k_cache);
+  const int64_t half = cos_TR.size(1);
+  auto q = at::empty({qkv.size(0), qkv.size(1) - 2 * k_cache.size(2), qkv.size(2)}, qkv.options());
+  by_dtype(qkv.scalar_type(), [&](auto zero) {
+    rope_rows<decltype(zero)>(
+        qkv, cos_TR.const_data_ptr<float>(), sin_TR.const_data_ptr<float>(), rotates ? half : 0,
+        k_cache, v_cache, slot, half, q);
+  });
+  return q;
 }
 
 // --- attention -----------------------------------------------------------------------------------
@@ -342,9 +450,11 @@ void add_product(
 }
 
 struct Item {
-  int64_t seq, head, query, num_queries;  // queries of the sequence from `query` on
+  int64_t seq, query, num_queries;  // queries of the sequence from `query` on
+  int64_t head, num_heads;  // key/value heads; more than one only with few rows
   int64_t begin, end;  // keys
   int64_t part;  // where its part lies in the workspace; -1: it writes the output itself
+  int64_t num_parts;  // from one head's part to the next one's
 };
 
 struct Merge {
@@ -363,20 +473,21 @@ struct Problem {
   float scale, softcap;
 };
 
-// What a thread works in, one allocation a thread and call.
+// What a thread works in, one allocation a thread and call. Rows are those of all heads of an item;
+// only an item of many rows has its keys and values here.
 struct Scratch {
   std::vector<float> memory;
-  float *q, *k, *k_turned, *v, *score, *sum, *row_max, *row_sum;
-  explicit Scratch(int64_t rows, int64_t width)
-      : memory(2 * rows * width + 3 * KEYS * width + rows * (KEYS + 2)) {
+  float *q, *sum, *score, *row_max, *row_sum, *k, *k_turned, *v;
+  explicit Scratch(int64_t rows, int64_t width, bool few)
+      : memory(2 * rows * width + rows * (KEYS + 2) + (few ? 0 : 3 * KEYS * width)) {
     q = memory.data();
     sum = q + rows * width;
-    k = sum + rows * width;
-    k_turned = k + KEYS * width;
-    v = k_turned + KEYS * width;
-    score = v + KEYS * width;
+    score = sum + rows * width;
     row_max = score + rows * KEYS;
     row_sum = row_max + rows;
+    k = row_sum + rows;
+    k_turned = k + KEYS * width;
+    v = k_turned + KEYS * width;
   }
 };
 
@@ -444,120 +555,178 @@ void add_values(
   }
 }
 
-// A tile of keys from `start` on, for each run of them that lies together in the cache:
+// A tile of one head's keys from `start` on, for each run of them that lies together in the cache:
 // work(the run's first key in the tile, how many, the first one's element).
 template <typename Work>
 void for_each_run(
-    const Item& item, const Problem& p, int64_t start, int64_t count, const Work& work) {
+    const Item& item, int64_t head, const Problem& p, int64_t start, int64_t count,
+    const Work& work) {
   const int32_t* blocks = p.table + item.seq * p.table_stride;
   for (int64_t c = 0; c < count;) {
     const int64_t key = start + c, offset = key % p.block_size;
     const int64_t row = blocks[key / p.block_size] * p.block_size + offset;
     const int64_t length = std::min(count - c, p.block_size - offset);
-    work(c, length, (row * p.num_kv_heads + item.head) * p.head_dim);
+    work(c, length, (row * p.num_kv_heads + head) * p.head_dim);
     c += length;
   }
 }
 
-// Rows of one head lie apart in the cache, where the processor does not foresee them: values are
-// asked for while the keys are scored, the next keys before the values are added (a third less
-// time at contexts of 170).
+// Asks for the rows of a tile of keys, all heads of the item, in the order of memory and a few at a
+// time: one head's rows lie apart, where the processor does not foresee them, and many requests at
+// once would hold up what is computed meanwhile.
 template <typename T>
-void prefetch_rows(const T* from, int64_t stride, int64_t count, int64_t size) {
-  for (int64_t i = 0; i < count; ++i)
-    for (int64_t at = 0; at < size; at += 64 / int64_t(sizeof(T)))
-      __builtin_prefetch(from + i * stride + at);
+struct Ahead {
+  const Problem& p;
+  const T* cache;
+  const Item& item;
+  int64_t key, end;
+  const T* row = nullptr;
+  int64_t left = 0;  // rows of this block
+
+  Ahead(const Problem& p, const T* cache, const Item& item, int64_t start)
+      : p(p), cache(cache), item(item), key(start), end(std::min(start + KEYS, item.end)) {}
+
+  void ask(int64_t count) {
+    const int64_t size = item.num_heads * p.head_dim, stride = p.num_kv_heads * p.head_dim;
+    for (; count > 0 && key < end; --count, ++key, --left, row += stride) {
+      if (left == 0) {
+        const int64_t offset = key % p.block_size;
+        const int64_t block = p.table[item.seq * p.table_stride + key / p.block_size];
+        row = cache + (block * p.block_size + offset) * stride + item.head * p.head_dim;
+        left = p.block_size - offset;
+      }
+      for (int64_t at = 0; at < size; at += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + at);
+    }
+  }
+};
+
+// Scores of a tile that begins at key `start` become weights, and the sums shrink accordingly.
+// `position` is the first query's.
+void soften_rows(
+    const Problem& p, int64_t rows, int64_t position, int64_t start, int64_t count, float* score,
+    float* sum, float* row_max, float* row_sum) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t here = position + r / p.group;
+    const int64_t low = p.left < 0 ? 0 : std::clamp<int64_t>(here - p.left - start, 0, KEYS);
+    const int64_t high =
+        p.right < 0 ? count : std::clamp<int64_t>(here + p.right + 1 - start, 0, count);
+    const float shrink = soften(score + r * KEYS, low, high, p, row_max[r], row_sum[r]);
+    if (shrink != 1.0f)
+      for (int64_t d = 0; d < p.width; d += LANES)
+        (Vec::loadu(sum + r * p.width + d) * Vec(shrink)).store(sum + r * p.width + d);
+  }
 }
 
+// The item's first row of the queries: row r of head h is G * h + r % G of token r / G.
 template <typename T>
-void attend(
-    const Item& item, const Problem& p, const T* q, const T* k_cache, const T* v_cache,
-    Scratch& s) {
-  const int64_t rows = item.num_queries * p.group, width = p.width;
-  const int64_t key_stride = p.num_kv_heads * p.head_dim;
-  const int64_t first_token = p.offsets[item.seq] + item.query;
-  const int64_t num_keys = p.kv_lens[item.seq];
-  const int64_t position =
-      item.query + num_keys - (p.offsets[item.seq + 1] - p.offsets[item.seq]);
-  const bool few = rows < FEW_ROWS;
-  T* q_rows = reinterpret_cast<T*>(s.q);  // few rows stay as they are
-  for (int64_t r = 0; r < rows; ++r) {
-    const T* from = q + (first_token + r / p.group) * p.q_stride_t +
-                    (item.head * p.group + r % p.group) * p.q_stride_h;
-    if (few)
-      std::memcpy(q_rows + r * p.head_dim, from, p.head_dim * sizeof(T));
-    else
-      widen(from, s.q + r * width, p.head_dim, width);
-  }
-  std::fill(s.sum, s.sum + rows * width, 0.0f);
-  std::fill(s.row_max, s.row_max + rows, NOTHING);
-  std::fill(s.row_sum, s.row_sum + rows, 0.0f);
+const T* query_row(const Item& item, const Problem& p, const T* q, int64_t head, int64_t r) {
+  return q + (p.offsets[item.seq] + item.query + r / p.group) * p.q_stride_t +
+         ((item.head + head) * p.group + r % p.group) * p.q_stride_h;
+}
+
+// Position of the item's first query.
+int64_t first_position(const Item& item, const Problem& p) {
+  return item.query + p.kv_lens[item.seq] - (p.offsets[item.seq + 1] - p.offsets[item.seq]);
+}
+
+// Few rows a head: keys and values are taken as they lie in the cache. `next` comes after the item.
+template <typename T>
+void attend_few(
+    const Item& item, const Item* next, const Problem& p, const T* q, const T* k_cache,
+    const T* v_cache, Scratch& s) {
+  const int64_t rows = item.num_queries * p.group, heads = item.num_heads;
+  const int64_t key_stride = p.num_kv_heads * p.head_dim, position = first_position(item, p);
+  const float no_bias[16] = {};
+  T* q_rows = reinterpret_cast<T*>(s.q);
+  for (int64_t i = 0; i < heads * rows; ++i)
+    std::memcpy(
+        q_rows + i * p.head_dim, query_row(item, p, q, i / rows, i % rows), p.head_dim * sizeof(T));
 
   for (int64_t start = item.begin; start < item.end; start += KEYS) {
     const int64_t count = std::min(KEYS, item.end - start);
-    if (few) {
-      const float no_bias[4] = {};
-      for_each_run(item, p, start, count, [&](int64_t c, int64_t length, int64_t at) {
-        prefetch_rows(v_cache + at, key_stride, length, p.head_dim);
+    Ahead<T> values(p, v_cache, item, start);
+    for (int64_t head = 0; head < heads; ++head) {
+      const T* q_head = q_rows + head * rows * p.head_dim;
+      float* score = s.score + head * rows * KEYS;
+      for_each_run(item, item.head + head, p, start, count, [&](int64_t c, int64_t length, int64_t at) {
         for (int64_t i = 0; i < length;) {
           const T* k = k_cache + at + i * key_stride;
-          float* score = s.score + c + i;
           if (i + 4 <= length) {
+            values.ask((4 + heads - 1) / heads);
             dot_rows<T, float, 4>(
-                q_rows, p.head_dim, rows, k, key_stride, p.head_dim, no_bias, score, KEYS);
+                q_head, p.head_dim, rows, k, key_stride, p.head_dim, no_bias, score + c + i, KEYS);
             i += 4;
           } else {
             dot_rows<T, float, 1>(
-                q_rows, p.head_dim, rows, k, key_stride, p.head_dim, no_bias, score, KEYS);
+                q_head, p.head_dim, rows, k, key_stride, p.head_dim, no_bias, score + c + i, KEYS);
             i += 1;
           }
         }
       });
-    } else {
-      for_each_run(item, p, start, count, [&](int64_t c, int64_t length, int64_t at) {
-        for (int64_t i = 0; i < length; ++i) {
-          widen(k_cache + at + i * key_stride, s.k + (c + i) * width, p.head_dim, width);
-          widen(v_cache + at + i * key_stride, s.v + (c + i) * width, p.head_dim, width);
-        }
+      soften_rows(
+          p, rows, position, start, count, score, s.sum + head * rows * p.width,
+          s.row_max + head * rows, s.row_sum + head * rows);
+    }
+    values.ask(KEYS);
+    const bool is_last = start + KEYS >= item.end;
+    const Item& after = is_last && next ? *next : item;
+    Ahead<T> keys(p, k_cache, after, is_last && next ? next->begin : start + KEYS);
+    for (int64_t head = 0; head < heads; ++head) {
+      for_each_run(item, item.head + head, p, start, count, [&](int64_t c, int64_t length, int64_t at) {
+        keys.ask((length + heads - 1) / heads);
+        const T* v = v_cache + at;
+        const float* score = s.score + head * rows * KEYS + c;
+        float* sum = s.sum + head * rows * p.width;
+        int64_t r = 0;
+        for (; r + 3 <= rows; r += 3)
+          add_values<T, 3>(score + r * KEYS, v, key_stride, length, sum + r * p.width, p);
+        for (; r < rows; ++r)
+          add_values<T, 1>(score + r * KEYS, v, key_stride, length, sum + r * p.width, p);
       });
-      for (int64_t d = 0; d < p.head_dim; ++d)
-        for (int64_t c = 0; c < count; ++c) s.k_turned[d * KEYS + c] = s.k[c * width + d];
-      std::fill(s.score, s.score + rows * KEYS, 0.0f);
-      add_product(
-          s.q, width, s.k_turned, KEYS, s.score, KEYS, rows, round_up(count, LANES), p.head_dim);
     }
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t here = position + r / p.group;
-      const int64_t low = p.left < 0 ? 0 : std::clamp<int64_t>(here - p.left - start, 0, KEYS);
-      const int64_t high =
-          p.right < 0 ? count : std::clamp<int64_t>(here + p.right + 1 - start, 0, count);
-      const float shrink = soften(s.score + r * KEYS, low, high, p, s.row_max[r], s.row_sum[r]);
-      if (shrink != 1.0f)
-        for (int64_t d = 0; d < width; d += LANES)
-          (Vec::loadu(s.sum + r * width + d) * Vec(shrink)).store(s.sum + r * width + d);
-    }
-    if (!few) {
-      add_product(s.score, KEYS, s.v, width, s.sum, width, rows, width, count);
-      continue;
-    }
-    const int64_t next = start + KEYS;
-    if (next < item.end)
-      for_each_run(
-          item, p, next, std::min(KEYS, item.end - next),
-          [&](int64_t, int64_t length, int64_t at) {
-            prefetch_rows(k_cache + at, key_stride, length, p.head_dim);
-          });
-    for_each_run(item, p, start, count, [&](int64_t c, int64_t length, int64_t at) {
-      const T* v = v_cache + at;
-      int64_t r = 0;
-      for (; r + 3 <= rows; r += 3)
-        add_values<T, 3>(
-            s.score + r * KEYS + c, v, key_stride, length, s.sum + r * width, p);
-      for (; r < rows; ++r)
-        add_values<T, 1>(
-            s.score + r * KEYS + c, v, key_stride, length, s.sum + r * width, p);
-    });
+    keys.ask(KEYS);
   }
+}
+
+// Many rows of one head: keys and values are widened to float32 once for all of them.
+template <typename T>
+void attend_many(
+    const Item& item, const Problem& p, const T* q, const T* k_cache, const T* v_cache,
+    Scratch& s) {
+  const int64_t rows = item.num_queries * p.group, width = p.width;
+  const int64_t key_stride = p.num_kv_heads * p.head_dim, position = first_position(item, p);
+  for (int64_t r = 0; r < rows; ++r)
+    widen(query_row(item, p, q, 0, r), s.q + r * width, p.head_dim, width);
+
+  for (int64_t start = item.begin; start < item.end; start += KEYS) {
+    const int64_t count = std::min(KEYS, item.end - start);
+    for_each_run(item, item.head, p, start, count, [&](int64_t c, int64_t length, int64_t at) {
+      for (int64_t i = 0; i < length; ++i) {
+        widen(k_cache + at + i * key_stride, s.k + (c + i) * width, p.head_dim, width);
+        widen(v_cache + at + i * key_stride, s.v + (c + i) * width, p.head_dim, width);
+      }
+    });
+    for (int64_t d = 0; d < p.head_dim; ++d)
+      for (int64_t c = 0; c < count; ++c) s.k_turned[d * KEYS + c] = s.k[c * width + d];
+    std::fill(s.score, s.score + rows * KEYS, 0.0f);
+    add_product(
+        s.q, width, s.k_turned, KEYS, s.score, KEYS, rows, round_up(count, LANES), p.head_dim);
+    soften_rows(p, rows, position, start, count, s.score, s.sum, s.row_max, s.row_sum);
+    add_product(s.score, KEYS, s.v, width, s.sum, width, rows, width, count);
+  }
+}
+
+std::vector<Item> one_head_each(const std::vector<Item>& items) {
+  std::vector<Item> single;
+  for (const Item& item : items)
+    for (int64_t head = 0; head < item.num_heads; ++head) {
+      single.push_back(item);
+      Item& one = single.back();
+      one.head += head;
+      one.num_heads = 1;
+      if (one.part >= 0) one.part += head * one.num_parts;
+    }
+  return single;
 }
 
 template <typename T>
@@ -573,7 +742,7 @@ void paged_attention_rows(
 
   std::vector<Item> items;
   std::vector<Merge> merges;
-  int64_t num_parts = 0, most_rows = 1;
+  int64_t num_parts = 0;
   for (int64_t seq = 0; seq < num_seqs; ++seq) {
     const int64_t num_queries = p.offsets[seq + 1] - p.offsets[seq], num_keys = p.kv_lens[seq];
     for (int64_t query = 0; query < num_queries; query += most_queries) {
@@ -582,23 +751,37 @@ void paged_attention_rows(
       const int64_t begin = p.left < 0 ? 0 : std::max<int64_t>(first - p.left, 0);
       const int64_t end = std::max(
           begin, p.right < 0 ? num_keys : std::min<int64_t>(last + p.right + 1, num_keys));
-      most_rows = std::max(most_rows, count * p.group);
       const int64_t parts =
           num_queries <= most_queries ? std::max<int64_t>(1, (end - begin + SPLIT_KEYS - 1) / SPLIT_KEYS) : 1;
-      for (int64_t head = 0; head < p.num_kv_heads; ++head) {
+      // All heads of a few rows: their keys lie side by side in the cache.
+      const int64_t heads = count * p.group < FEW_ROWS ? p.num_kv_heads : 1;
+      for (int64_t head = 0; head < p.num_kv_heads; head += heads) {
         if (parts == 1) {
-          items.push_back({seq, head, query, count, begin, end, -1});
+          items.push_back({seq, query, count, head, heads, begin, end, -1, 1});
           continue;
         }
-        merges.push_back({p.offsets[seq] + query, head, count, num_parts, parts});
         for (int64_t part = 0; part < parts; ++part)
           items.push_back(
-              {seq, head, query, count, begin + part * SPLIT_KEYS,
-               std::min(begin + (part + 1) * SPLIT_KEYS, end), num_parts++});
+              {seq, query, count, head, heads, begin + part * SPLIT_KEYS,
+               std::min(begin + (part + 1) * SPLIT_KEYS, end), num_parts + part, parts});
+        for (int64_t h = 0; h < heads; ++h, num_parts += parts)
+          merges.push_back({p.offsets[seq] + query, head + h, count, num_parts, parts});
       }
     }
   }
-  const int64_t part_size = most_rows * (p.width + 2);
+  // A request alone has a head for each thread. What a head gives does not depend on it.
+  if (int64_t(items.size()) < 2 * at::get_num_threads()) items = one_head_each(items);
+  // The longest first, so that threads end together.
+  auto cost = [&](const Item& item) {
+    return item.num_heads * item.num_queries * (item.end - item.begin);
+  };
+  std::sort(items.begin(), items.end(), [&](const Item& a, const Item& b) { return cost(a) > cost(b); });
+  int64_t most_rows = 1, most_rows_a_head = 1;
+  for (const Item& item : items) {
+    most_rows = std::max(most_rows, item.num_heads * item.num_queries * p.group);
+    most_rows_a_head = std::max(most_rows_a_head, item.num_queries * p.group);
+  }
+  const int64_t part_size = most_rows_a_head * (p.width + 2);
   std::vector<float> parts(num_parts * part_size);
 
   auto write = [&](int64_t row, int64_t head, int64_t token, const float* sum, float total) {
@@ -612,41 +795,55 @@ void paged_attention_rows(
     }
   };
   const int64_t num_items = items.size(), num_threads = std::min<int64_t>(num_items, at::get_num_threads());
+  std::atomic<int64_t> taken{0};
 #pragma omp parallel num_threads(std::max<int64_t>(num_threads, 1)) if (num_threads > 1)
   {
-    Scratch s(most_rows, p.width);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < num_items; ++i) {
+    Scratch s(most_rows, p.width, most_rows_a_head < FEW_ROWS);
+    // The next one is known early, so that its first keys can be asked for.
+    for (int64_t i = taken++, next; i < num_items; i = next) {
+      next = taken++;
       const Item& item = items[i];
-      attend<T>(item, p, q, k, v, s);
-      const int64_t rows = item.num_queries * p.group;
-      if (item.part < 0) {
-        for (int64_t r = 0; r < rows; ++r)
-          write(r, item.head, p.offsets[item.seq] + item.query, s.sum + r * p.width, s.row_sum[r]);
-        continue;
+      const int64_t rows = item.num_queries * p.group, all_rows = item.num_heads * rows;
+      std::fill(s.sum, s.sum + all_rows * p.width, 0.0f);
+      std::fill(s.row_max, s.row_max + all_rows, NOTHING);
+      std::fill(s.row_sum, s.row_sum + all_rows, 0.0f);
+      if (rows < FEW_ROWS)
+        attend_few<T>(item, next < num_items ? &items[next] : nullptr, p, q, k, v, s);
+      else
+        attend_many<T>(item, p, q, k, v, s);
+      for (int64_t head = 0; head < item.num_heads; ++head) {
+        const float* sum = s.sum + head * rows * p.width;
+        const float *row_max = s.row_max + head * rows, *row_sum = s.row_sum + head * rows;
+        if (item.part < 0) {
+          for (int64_t r = 0; r < rows; ++r)
+            write(
+                r, item.head + head, p.offsets[item.seq] + item.query, sum + r * p.width,
+                row_sum[r]);
+          continue;
+        }
+        float* part = parts.data() + (item.part + head * item.num_parts) * part_size;
+        std::copy(row_max, row_max + rows, part);
+        std::copy(row_sum, row_sum + rows, part + most_rows_a_head);
+        std::copy(sum, sum + rows * p.width, part + 2 * most_rows_a_head);
       }
-      float* part = parts.data() + item.part * part_size;
-      std::copy(s.row_max, s.row_max + rows, part);
-      std::copy(s.row_sum, s.row_sum + rows, part + most_rows);
-      std::copy(s.sum, s.sum + rows * p.width, part + 2 * most_rows);
     }
   }
   for (const Merge& merge : merges) {
     float* into = parts.data() + merge.part * part_size;
     for (int64_t r = 0; r < merge.num_queries * p.group; ++r) {
-      float* sum = into + 2 * most_rows + r * p.width;
+      float* sum = into + 2 * most_rows_a_head + r * p.width;
       for (int64_t other = 1; other < merge.num_parts; ++other) {
         const float* from = into + other * part_size;
         const float most = std::max(into[r], from[r]);
         const Vec mine(std::exp(into[r] - most)), theirs(std::exp(from[r] - most));
-        const float* other_sum = from + 2 * most_rows + r * p.width;
+        const float* other_sum = from + 2 * most_rows_a_head + r * p.width;
         for (int64_t d = 0; d < p.width; d += LANES)
           (Vec::loadu(sum + d) * mine + Vec::loadu(other_sum + d) * theirs).store(sum + d);
-        into[most_rows + r] = into[most_rows + r] * std::exp(into[r] - most) +
-                              from[most_rows + r] * std::exp(from[r] - most);
+        into[most_rows_a_head + r] = into[most_rows_a_head + r] * std::exp(into[r] - most) +
+                              from[most_rows_a_head + r] * std::exp(from[r] - most);
         into[r] = most;
       }
-      write(r, merge.head, merge.token, sum, into[most_rows + r]);
+      write(r, merge.head, merge.token, sum, into[most_rows_a_head + r]);
     }
   }
 }
@@ -711,6 +908,10 @@ TORCH_LIBRARY_FRAGMENT(minigen, m) {
       "Tensor(b!) v_cache_NBKD, Tensor slots_T) -> ()",
       {at::Tag::pt2_compliant_tag});
   m.def(
+      "native_rope_cache_write(Tensor qkv_TXD, Tensor cos_TR, Tensor sin_TR, Tensor(a!) k_cache_NBKD, "
+      "Tensor(b!) v_cache_NBKD, Tensor slots_T, bool rotates) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
       "native_paged_attention(Tensor q_THD, Tensor k_cache_NBKD, Tensor v_cache_NBKD, "
       "Tensor cu_seqlens_q, Tensor kv_lens_S, Tensor block_table_SW, float scale, int left, "
       "int right, float softcap) -> Tensor",
@@ -720,5 +921,6 @@ TORCH_LIBRARY_FRAGMENT(minigen, m) {
 TORCH_LIBRARY_IMPL(minigen, CPU, m) {
   m.impl("native_linear", linear);
   m.impl("native_kv_cache_write", kv_cache_write);
+  m.impl("native_rope_cache_write", rope_cache_write);
   m.impl("native_paged_attention", paged_attention);
 }

@@ -1,8 +1,9 @@
 """The C++ kernels of `native.cpp`: built with torch's own compiler driver, kept in its cache.
 
-They serve where torch's kernels lose: linear layers of few rows and paged attention of many short
-sequences. Everything works without them, slower: no compiler, no headers or a dtype that they do
-not know leave the operations to torch.
+They serve where torch's kernels lose: linear layers of few rows, paged attention of many short
+sequences, and what lies between the two, where calls take longer than the work. Everything works
+without them, slower: no compiler, no headers or a dtype that they do not know leave the operations
+to torch.
 """
 
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minigen.kernels.checks import check_cache_write, check_paged
+from minigen.kernels.checks import check_cache_write, check_paged, check_rope_cache_write
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SOURCE = Path(__file__).with_name("native.cpp")
@@ -35,6 +36,7 @@ def load() -> None:
         CppCodeCache.load(SOURCE.read_text())
         torch.library.register_fake("minigen::native_linear", _fake_linear)
         torch.library.register_fake("minigen::native_kv_cache_write", _fake_kv_cache_write)
+        torch.library.register_fake("minigen::native_rope_cache_write", _fake_rope_cache_write)
         torch.library.register_fake("minigen::native_paged_attention", _fake_paged_attention)
         _State.registered = True
     _State.serving = True
@@ -62,6 +64,21 @@ def _fake_kv_cache_write(
     k_TKD: Tensor, v_TKD: Tensor, k_cache_NBKD: Tensor, v_cache_NBKD: Tensor, slots_T: Tensor
 ) -> None:
     check_cache_write(k_TKD, v_TKD, k_cache_NBKD, v_cache_NBKD, slots_T)
+
+
+def _fake_rope_cache_write(
+    qkv_TXD: Tensor,
+    cos_TR: Tensor,
+    sin_TR: Tensor,
+    k_cache_NBKD: Tensor,
+    v_cache_NBKD: Tensor,
+    slots_T: Tensor,
+    rotates: bool,
+) -> Tensor:
+    caches = k_cache_NBKD, v_cache_NBKD, slots_T
+    check_rope_cache_write(qkv_TXD, None, None, cos_TR, sin_TR, None, *caches)
+    num_tokens, num_heads, head_dim = qkv_TXD.shape
+    return qkv_TXD.new_empty(num_tokens, num_heads - 2 * k_cache_NBKD.shape[2], head_dim)
 
 
 def _fake_paged_attention(

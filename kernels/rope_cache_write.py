@@ -15,6 +15,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from minigen.kernels import native
 from minigen.kernels.checks import check_rope_cache_write, read_positions, read_slots
 from minigen.kernels.cpu import rms_norm
 from minigen.kernels.dependent_launch import (
@@ -30,9 +31,12 @@ from minigen.kernels.triton_import import tl, triton
 PROGRAM_ELEMENTS = 1024
 
 
-def fuses_rope(qkv_TXD: Tensor) -> bool:
-    """Whether one kernel is quicker than the separate operations: on a GPU."""
-    return qkv_TXD.is_cuda
+def fuses_rope(qkv_TXD: Tensor, has_norm: bool) -> bool:
+    """Whether one kernel is quicker than the separate operations: on a GPU, or the native one.
+
+    `has_norm`: queries and keys are normed, which the native kernel does not do.
+    """
+    return qkv_TXD.is_cuda or (not has_norm and native.serves(qkv_TXD))
 
 
 def rope_cache_write(
@@ -79,6 +83,11 @@ def rope_cache_write(
             cache or a position outside the tables. A GPU leaves such a slot out, and gives NaN for
             such a position, for reading them would wait for it.
     """
+    if q_weight_D is None and k_weight_D is None and positions_T is None and native.serves(qkv_TXD):
+        caches = k_cache_NBKD, v_cache_NBKD, slots_T
+        if not torch.compiler.is_dynamo_compiling():  # traced, the operator's fake checks
+            check_rope_cache_write(qkv_TXD, None, None, cos_PR, sin_PR, None, *caches)
+        return torch.ops.minigen.native_rope_cache_write(qkv_TXD, cos_PR, sin_PR, *caches, rotates)
     return torch.ops.minigen.rope_cache_write(
         qkv_TXD,
         q_weight_D,

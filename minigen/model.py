@@ -585,7 +585,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         """The same queries, with keys and values written into the cache."""
         caches = kv.k_cache_NBKD, kv.v_cache_NBKD
-        if fuses_rope(qkv_TXD):
+        if fuses_rope(qkv_TXD, self.config.qk_norm):
             q_weight_D = k_weight_D = None
             if self.config.qk_norm:
                 q_weight_D, k_weight_D = self.q_norm.weight, self.k_norm.weight

@@ -44,7 +44,7 @@ from minigen.kernels.varlen_attention_gluon import (
     prefers_gluon,
 )
 from minigen.model import Decoder, DecoderConfig
-from minigen.runner import COMPILE_MODES, Runner, kinds_of_layers
+from minigen.runner import COMPILE_MODES, Runner, guards_beside_model, kinds_of_layers
 from minigen.sampling import SamplingTensors
 from minigen.scheduler import Scheduler
 from minigen.step import StepSize
@@ -265,7 +265,9 @@ def test_the_fused_operator_changes_nothing(long_rope: bool, monkeypatch) -> Non
     params = [SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)] * len(many)
     expected = run(engine(long_rope=long_rope), many, params)
     asked = []
-    monkeypatch.setattr("minigen.model.fuses_rope", lambda qkv_TXD: asked.append(qkv_TXD) or True)
+    monkeypatch.setattr(
+        "minigen.model.fuses_rope", lambda qkv_TXD, _: asked.append(qkv_TXD) or True
+    )
     assert run(engine(long_rope=long_rope), many, params) == expected
     assert asked
 
@@ -1173,6 +1175,13 @@ def test_the_real_checkpoint_tells_its_story(shared_dir) -> None:
     assert stopped.text == text[: text.index(stop)]
     assert (stopped.finish_reason, stopped.stop_reason) == ("stop", stop)
     assert "".join(llm.stream(golden[:1], stopping)) == stopped.text
+
+
+def test_compiled_steps_look_at_what_may_change_alone() -> None:
+    names = ["tokens_T", "self.caches[0][1]", "L['self'].last_tokens_M", "", "head"]
+    fixed = ["self.model._modules['norm'].eps", "L['self'].model._modules['embed']"]
+    kept = guards_beside_model([SimpleNamespace(name=name) for name in names + fixed])
+    assert kept == [True] * len(names) + [False] * len(fixed)
 
 
 def test_heads_are_compiled_where_that_fuses_something() -> None:

@@ -9,9 +9,10 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from minigen.kernels import kv_cache_write, linear, native, paged_attention
+from minigen.kernels import kv_cache_write, linear, native, paged_attention, rope_cache_write
 from tests.attention_cases import Case, assert_within, cases, cu_seqlens, make_paged, make_qkv
 from tests.attention_cases import reference as attention_reference
+from tests.fused_cases import RopeCase, make_rope_problem, rope_cases
 from tests.test_kernels import PLAIN, paged_arguments, run_paged
 
 DTYPES = native.DTYPES
@@ -49,7 +50,9 @@ def test_paged_equals_definition(case: Case) -> None:
 
 
 @given(cases(DTYPES, max_len=1100))
+@example(dataclasses.replace(DECODE, num_heads=9, num_kv_heads=3, dtype=torch.bfloat16))
 def test_a_sequence_is_the_same_alone(case: Case) -> None:
+    """Many sequences are divided among threads with all their heads, one by its heads."""
     q_THD, k_TKD, v_TKD = make_qkv(case)
     together = run_paged(case, q_THD, k_TKD, v_TKD).split(case.q_lens)
     for i, mine in enumerate(together):
@@ -64,6 +67,7 @@ def test_a_sequence_is_the_same_alone(case: Case) -> None:
 
 
 @given(cases(DTYPES, max_len=1100))
+@example(dataclasses.replace(PLAIN, q_lens=(1,), kv_lens=(1025,), num_heads=9, num_kv_heads=3))
 def test_threads_do_not_change_a_bit(case: Case) -> None:
     q_THD, k_TKD, v_TKD = make_qkv(case)
     weight_FE = torch.randn(500, case.head_dim).to(case.dtype)
@@ -97,12 +101,26 @@ def test_cache_write_changes_its_slots_only(case: Case) -> None:
         torch.testing.assert_close(cache_NBKD, expected_NBKD, rtol=0, atol=0, equal_nan=True)
 
 
+@given(rope_cases(DTYPES, 130))
+def test_rope_and_cache_write_equal_the_separate_operations(case: RopeCase) -> None:
+    """To the last bit; those are compared with float64 elsewhere."""
+    case = dataclasses.replace(case, has_norm=False, has_positions=False)
+    problem, other = make_rope_problem(case), make_rope_problem(case)
+    assert native.serves(problem.qkv_TXD)
+    q_THD = rope_cache_write(*problem)
+    native.unload()
+    assert torch.equal(q_THD, rope_cache_write(*other))
+    native.load()
+    for cache, expected in zip(problem[7:9], other[7:9], strict=True):
+        torch.testing.assert_close(cache, expected, rtol=0, atol=0, equal_nan=True)
+
+
 sizes = st.sampled_from([1, 2, 3, 15, 16, 17, 31, 32, 33, 64, 100])
 
 
 @given(
-    rows=st.sampled_from([0, 1, 2, 3, 4, 5, 6, 7, 31, 32, 33]),
-    depth=sizes,
+    rows=st.sampled_from([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 16, 17, 31, 32, 33]),
+    depth=sizes | st.just(576),
     outputs=sizes,
     dtype=st.sampled_from(DTYPES),
     has_bias=st.booleans(),
@@ -146,6 +164,16 @@ def call_write(**changes: Any) -> None:
     kv_cache_write(torch.ones(1, 2, 8), torch.ones(1, 2, 8), *caches, **changes)
 
 
+def call_rope(**changes: Any) -> None:
+    arguments = {
+        "qkv_TXD": torch.ones(1, 6, 8), "q_weight_D": None, "k_weight_D": None, "eps": 1.0,
+        "cos_PR": torch.ones(1, 4), "sin_PR": torch.ones(1, 4), "positions_T": None,
+        "k_cache_NBKD": torch.zeros(2, 4, 2, 8), "v_cache_NBKD": torch.zeros(2, 4, 2, 8),
+        "slots_T": torch.tensor([0]),
+    }  # fmt: skip
+    rope_cache_write(**{**arguments, **changes})
+
+
 @pytest.mark.parametrize(
     ("call", "changes", "message"),
     [
@@ -156,6 +184,8 @@ def call_write(**changes: Any) -> None:
         (call_paged, {"kv_lens_S": torch.tensor([2, 99]).int()}, r"kv_lens\[1\]"),
         (call_paged, {"block_table_SW": torch.full((2, 2), 77).int()}, r"block_table\[0\]"),
         (call_paged, {"softcap": -1.0}, "softcap"),
+        (call_rope, {"slots_T": torch.tensor([8])}, "slots must be from 0 to 7"),
+        (call_rope, {"cos_PR": torch.ones(2, 4)}, "cos and sin must have one shape"),
         (call_write, {"slots_T": torch.tensor([8])}, "slots must be from 0 to 7"),
         (call_write, {"slots_T": torch.tensor([-2])}, "slots must be from 0 to 7"),
     ],
@@ -173,6 +203,12 @@ def test_opcheck() -> None:
     k_cache, v_cache = (torch.zeros_like(paged.k_cache_NBKD) for _ in range(2))
     torch.library.opcheck(
         ops.native_kv_cache_write.default, (k_TKD, v_TKD, k_cache, v_cache, paged.slots_T)
+    )
+    qkv_TXD = torch.cat([q_THD, k_TKD[: len(q_THD)], v_TKD[: len(q_THD)]], 1)
+    tables = (torch.ones(len(q_THD), 2), torch.ones(len(q_THD), 2))
+    torch.library.opcheck(
+        ops.native_rope_cache_write.default,
+        (qkv_TXD, *tables, k_cache, v_cache, paged.slots_T[: len(q_THD)], True),
     )
     lengths = (cu_seqlens(case.q_lens), paged.kv_lens_S, paged.block_table_SW)
     torch.library.opcheck(
