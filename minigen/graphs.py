@@ -107,9 +107,13 @@ class StepGraphs:
         self._pool = torch.cuda.graph_pool_handle() if cuda else None
         self._stream = torch.cuda.Stream(device) if cuda else None
 
+    def rows_for(self, num_rows: int) -> int:
+        """The least of `sizes` that holds so many rows."""
+        return next(size for size in self.sizes if size >= num_rows)
+
     def size_for(self, num_seqs: int, num_blocks: int) -> StepSize:
         """The least size that holds so many sequences of so many blocks each."""
-        rows = next(size for size in self.sizes if size >= num_seqs)
+        rows = self.rows_for(num_seqs)
         return StepSize(rows, rows, rows, max(width_for(num_blocks), self._usual_width))
 
     def prompt_size_for(self, num_tokens: int, num_seqs: int, num_blocks: int) -> StepSize:

@@ -357,8 +357,9 @@ class Runner:
         self._status = "ready"
 
     def _compiled(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        if self.compile != "default":
-            return torch.compile(function, fullgraph=True, mode=self.compile)
+        mode = None if self.compile == "default" else self.compile
+        if mode is not None or self.device.type != "cpu":  # a GPU's steps are seldom called
+            return torch.compile(function, fullgraph=True, mode=mode)
         # A dict for each: `torch.compile` takes the filter out of it.
         options: dict[str, Any] = {"guard_filter_fn": guards_beside_model}
         return torch.compile(function, fullgraph=True, options=options)
@@ -501,7 +502,7 @@ class Runner:
         if captured is not None:
             step, sampling, result = self._replay(captured, chunks, batch, head)
         else:
-            step, sampling, hidden_TE = self._hidden_states(chunks, batch, max(2, len(sampled)))
+            step, sampling, hidden_TE = self._hidden_states(chunks, batch, len(sampled))
             for i, top in scored.items():
                 scores.append((chunks[i], self._score(hidden_TE, chunks, i, top)))
             if sampled:
@@ -527,13 +528,20 @@ class Runner:
         return Launched(chunks, sampled, tokens_R, logprobs, scores, event)
 
     def _hidden_states(
-        self, chunks: list[Chunk], batch: RowBatch, num_rows: int
+        self, chunks: list[Chunk], batch: RowBatch, num_sampled: int
     ) -> tuple[StepTensors, SamplingTensors, Tensor]:
-        """Runs the decoder on a step with prompts: replayed where its size has been captured."""
+        """Runs the decoder on a step with prompts: replayed where its size has been captured.
+
+        What it returns of step and sampling has the rows that the head shall take.
+        """
+        num_rows = max(2, num_sampled)
         size = self._replay_prompts(chunks)
-        if size is not None:
+        if size is not None and self._graphs is not None:
             step, sampling, hidden_TE = self._replay(size, chunks, batch, HIDDEN)
-            # There is room for more rows, and the head takes these.
+            # There is room for more rows. Of as many as a captured decode step has, so that the
+            # matrix product runs a kernel that is loaded: for other numbers cuBLAS has others, and
+            # to load one took 10 ms in the midst of serving.
+            num_rows = self._graphs.rows_for(num_rows)
             step = replace(step, last_R=step.last_R[:num_rows], rows_R=step.rows_R[:num_rows])
             return step, sampling.first(num_rows), hidden_TE
         size = StepSize.of(chunks)
@@ -575,23 +583,8 @@ class Runner:
             try:
                 with torch.inference_mode():
                     yield from self._graphs.capture_all(COMPILED_DRAWS)
-                    if self.device.type == "cuda":
-                        self._reserve_logits()
             except CaptureError as error:
                 self._give_graphs_up(error)
-
-    def _reserve_logits(self) -> None:
-        """Takes the memory for the head of a step with prompts, which runs uncaptured.
-
-        It has other rows each time. Where the cache takes what is free, more rows than ever before
-        meant that torch gave other memory back first, and waited for the device: five steps of 10
-        to 18 ms among the 75 with prompts of `bench nano`.
-        """
-        rows = self.max_num_seqs
-        hidden_TE = self.model.embed.weight.new_zeros(rows, self.model.config.hidden_size)
-        last_R = torch.arange(rows, device=self.device)
-        sampling = self._null_sampling(rows, "plain", None)
-        self._head(hidden_TE, last_R, "plain", *sampling.tensors())
 
     @property
     def num_captures(self) -> int:

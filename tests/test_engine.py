@@ -1247,7 +1247,7 @@ def test_engines_do_not_use_up_each_others_compilations(monkeypatch) -> None:
     real = torch.compile
     # What dynamo counts does not depend on what compiles its graphs: the quickest backend.
     monkeypatch.setattr(
-        torch, "compile", lambda f, fullgraph, mode: real(f, fullgraph=fullgraph, backend="eager")
+        torch, "compile", lambda f, fullgraph, **_: real(f, fullgraph=fullgraph, backend="eager")
     )
     torch.compiler.reset()
     counters, limit = dynamo.utils.counters["stats"], dynamo.config.recompile_limit
