@@ -149,9 +149,11 @@ def prefers_gluon(queries: int, head_dim: int) -> bool:
         paged, 32/8    240, 254         307, 319    348, 383   471, 566    470, 569
         paged, 16/8    201, 216         279, 295    313, 359   455, 559    504, 602
 
-    The host takes 160 us for a call, 140 before; over the cache 180, 330 before. Not timed: fewer
-    than 64 queries, where a tile is partly empty and a decoding sequence beside prompts takes a
-    program 1 us to pass over; windows; and heads of 64.
+    With the tile of `choose_gluon_tile` they gave 330, 412, 458, 628 and 607 (16/8: 276, 360, 416,
+    625, 681) later, and over the cache 304, 384, 438, 560 and 550 (248, 339, 395, 561, 545). The
+    host takes 160 us for a call, 140 before; over the cache 180, 330 before. Not timed: fewer than
+    64 queries, where a tile is partly empty and a decoding sequence beside prompts takes a program
+    1 us to pass over; windows; and heads of 64.
     """
     return head_dim == 128 and queries >= 64
 
@@ -167,8 +169,7 @@ def choose_gluon_tile(queries: int, most_keys: int = 0) -> GluonTile:
         32/8 heads     285, 327         378, 380    447, 458   627, 563    672, 532
         16/8 heads     234, 260         305, 343    411, 408   605, 546    668, 542
 
-    Tiles of 64 keys were not timed over the cache, nor was a chunk of a prompt behind many keys,
-    which by these figures wants large tiles. Tried and dropped, 32/8 heads: two groups of warps
+    A chunk of a prompt behind many keys was not timed; by these figures it wants large tiles. Tried and dropped, 32/8 heads: two groups of warps
     that take turns at the tensor cores (281, 345, 443, 620, 613), and three groups with tiles of 64
     keys (263, 347, 422, 572, 581).
     """

@@ -1,10 +1,11 @@
-"""A layer over the few rows of a small decode step, in seven to nine kernels where it else
-takes sixteen.
+"""A layer over the rows of a decode step, in seven to nine kernels that begin before the last one
+ends, where it else takes eleven to sixteen.
 
 At one or two rows a layer's weights stream in 7 us (Qwen3-0.6B, H200), and each kernel takes 2 to 3
-for itself: what counts is how many there are. A step of one sequence takes 0.71 ms in place of
-1.39. Steps of more rows, or of a family that needs more, run the compiled layer. Shape suffixes as
-in `model.py`.
+for itself: what counts is how many there are, and what each has done when the one before ends. A
+step of one sequence takes 0.71 ms in place of 1.39, one of 32 takes 1.19 in place of 1.61. Steps of
+more rows, or of a family that needs more, run the compiled layer. Shape suffixes as in `model.py`,
+and P parts that a linear layer is divided in.
 """
 
 import torch
@@ -28,10 +29,12 @@ _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 # and 16 rows, cuBLAS's products with Inductor's kernels 33, 37, 31 and 31. With a second tile of
 # rows at 24 it is 35 and 32 (H200).
 MAX_ROWS = 16
-# With `tiled_layer`: 18.7, 19.3 and 24.4 us at 32, 64 and 128 rows; cuBLAS's products with
-# Inductor's kernels 34, 37 at 32 and 128 (H200).
+# With `tiled_layer`. What a layer does beside rope and attention takes it 18.7 and 24.4 us at 32 and
+# 128 rows, cuBLAS's products with Inductor's kernels 33.6 and 36.9. A whole layer takes 28.0 and
+# 27.4 at 3 and 4 rows, with `few_rows_layer` 28.3 and 30.1 (Qwen3-0.6B, H200).
 TILED_ROWS = (4, 256)
-TILED_WIDTH = 4096  # wider ones were not timed
+# Of Llama-3.1-8B's wider layers cuBLAS's products are as fast, or faster above 32 rows.
+TILED_WIDTH = 4096
 
 
 def serves_few_rows(

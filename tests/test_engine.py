@@ -272,6 +272,33 @@ def test_the_fused_operator_changes_nothing(long_rope: bool, monkeypatch) -> Non
     assert asked
 
 
+def test_heads_take_no_other_numbers_of_rows_than_captured_steps_have(monkeypatch) -> None:
+    """A matrix product of another number of rows may want a kernel that is not loaded."""
+    options = {"max_num_seqs": 13, "caching": False}
+    made = engine(**options, decode_graphs=True)
+    runner = made.runner
+    assert runner._graphs is not None
+    head, launch = runner._head, runner.launch
+    taken, sampled = [], []
+
+    def take(hidden_TE, last_R, *rest):
+        taken.append(len(last_R))
+        return head(hidden_TE, last_R, *rest)
+
+    def start(chunks, *rest):
+        sampled.append(sum(chunk.samples for chunk in chunks))
+        return launch(chunks, *rest)
+
+    monkeypatch.setattr(runner, "_head", take)
+    monkeypatch.setattr(runner, "launch", start)
+    many = [list(range(1, 1 + n)) for n in range(3, 16)]  # 117 tokens, of which a step takes 64
+    params = [SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)] * len(many)
+    assert run(made, many, params) == run(engine(**options), many, params)
+    sizes = set(runner._graphs.sizes)
+    assert set(taken) <= sizes
+    assert not set(sampled) <= sizes
+
+
 @pytest.mark.parametrize("long_rope", [False, True])
 def test_few_rows_give_what_the_layer_gives(long_rope: bool, monkeypatch) -> None:
     many = [list(range(1, 1 + n)) for n in (1, 9, 17, 23)]
