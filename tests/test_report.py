@@ -109,7 +109,7 @@ def test_the_steps_are_commands_with_such_options(tmp_path) -> None:
 def test_plugins_are_used_where_they_are(installed, options, monkeypatch) -> None:
     find = dict.fromkeys(installed, True).get
     monkeypatch.setattr(report.importlib.util, "find_spec", find)
-    assert [word for word in report.pytest_plugins() if word.startswith("-")] == options
+    assert [word for word in report.pytest_plugins("6") if word.startswith("-")] == options
 
 
 def test_unknown_steps_are_refused(tmp_path) -> None:

@@ -55,13 +55,13 @@ def steps(gpu: bool, shape: str, output: Path) -> list[Step]:
             Step("logprobs", ("tools.compare_logprobs", "--shape", "tiny"), 300),
             Step("scale", ("tools.scale", *on, *plot["scale"]), 900),
         ]
-    attention = ("tools.bench_attention", "--what", "backward-less", "--seconds", "60")
+    attention = ("tools.bench_attention", "--what", "all", "--seconds", "60")
     train_step = ("tools.compare_batching", "--shape", "llama-3.2-1b", "--phases", "train-step")
     train_step += ("--tokens", "32768", "--max-rows", "32768", "--lengths", "lognormal", "one-long")
     processes = str(max(2, min(14, (os.cpu_count() or 8) - 2)))
     # Every test by its name, as it ends: a run that is cut off says how far it came.
-    tests = ("pytest", "-m", "gpu", "-vv", "-rs", "--durations", "15", *pytest_plugins())
-    modes = ("tools.compare_compile_modes", *on)
+    tests = ("pytest", "-m", "gpu", "-vv", "-rs", "--durations", "15", *pytest_plugins(processes))
+    modes, large = ("tools.compare_compile_modes", *on), ("--shape", "llama-3.1-8b")
     return [
         Step("tests", tests, 420),
         Step(
@@ -69,9 +69,11 @@ def steps(gpu: bool, shape: str, output: Path) -> list[Step]:
             (*attention, "--processes", processes, "--out", str(output / "attention.json")),
             400,
         ),
-        Step("fixed", (*bench, "fixed", *on, "--output-len", "256"), 300),
+        Step("fixed", (*bench, "fixed", *on), 300),
         Step("nano", (*bench, "nano", *on), 240),
         Step("start", (*bench, "start", *on), 300),
+        Step("fixed-8b", (*bench, "fixed", *large, "--output-len", "96"), 300),
+        Step("nano-8b", (*bench, "nano", *large), 240),
         Step("batching", ("tools.compare_batching", *on, *plot["batching"]), 300),
         Step("logprobs", ("tools.compare_logprobs", *on), 180),
         Step("train-step", (*train_step, "--plot", str(output / "train-step.png")), 300),
@@ -86,15 +88,16 @@ def steps(gpu: bool, shape: str, output: Path) -> list[Step]:
     ]
 
 
-def pytest_plugins() -> list[str]:
+def pytest_plugins(processes: str) -> list[str]:
     """What makes the tests quick, and ends one that hangs, by the plugins that are installed.
 
     The tests wait for compilers, mostly: several processes share the GPU well. A test that waits
     for the GPU hears no signal, so the process ends, which pytest-xdist replaces.
     """
     options = []
-    if importlib.util.find_spec("xdist"):  # a file's tests share what torch has compiled
-        options += ["-n", "6", "--dist", "loadfile"]
+    if importlib.util.find_spec("xdist"):
+        # File by file, one process had 200 s of one file's tests to run when all others were done.
+        options += ["-n", processes, "--dist", "worksteal"]
         if importlib.util.find_spec("pytest_timeout"):
             options += ["--timeout", "240", "--timeout-method", "thread"]
     return options
