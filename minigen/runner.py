@@ -52,6 +52,7 @@ from minigen.sampling import (
     top_logprobs,
 )
 from minigen.scheduler import Chunk
+from minigen.start import share_triton_cache
 from minigen.step import StepSize, StepTensors, StepWriter
 
 COMPILE_MODES = ("eager", "default", "reduce-overhead", "max-autotune")
@@ -311,6 +312,7 @@ class Runner:
         torch.set_num_threads(num_threads)  # a new thread starts with its own number
         if self.device.type == "cpu":
             self._load_native()
+        share_triton_cache(self.device)
         try:
             # The compile cache takes no notice of bounds, and what it kept for others is refused.
             bounds = self._most_tokens, self._most_rows, self._most_blocks

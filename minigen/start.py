@@ -10,8 +10,13 @@ import contextlib
 import ctypes
 import gc
 import importlib
+import os
 import threading
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 # A process must not end in an ordinary way while one of this name is in a library's midst.
 THREAD = "minigen-start"
@@ -79,6 +84,22 @@ def _import_compiler() -> None:
     # One that cannot be imported fails again, and is reported, where it is to compile.
     with contextlib.suppress(Exception):
         importlib.import_module("torch._inductor.compile_fx")
+
+
+def share_triton_cache(device: torch.device) -> None:
+    """Has Triton keep what it compiles where torch's compiler keeps that of its own kernels.
+
+    torch's compiler moves Triton's cache there itself, for the whole process, as soon as it makes a
+    kernel in it: late in a cold start, whose kernels its workers make, but early in a warm one. So
+    a second start looked for attention's kernels where the first had not put them, and compiled
+    them again, for 8 to 10 s of its 20; a third one found them. A `TRITON_CACHE_DIR` that is set
+    stays.
+    """
+    if device.type == "cuda" and "TRITON_CACHE_DIR" not in os.environ:
+        # A private module, where torch 2.11 to 2.13 have it.
+        with contextlib.suppress(Exception):
+            utils = importlib.import_module("torch._inductor.runtime.cache_dir_utils")
+            os.environ["TRITON_CACHE_DIR"] = utils.triton_cache_dir(device.index or 0)
 
 
 def _hash_triton() -> None:

@@ -25,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from minigen.batch import Batch
 from minigen.loss import chunk_loss, chunked_cross_entropy
 from minigen.model import Block, Decoder, packed_layer
+from minigen.start import share_triton_cache
 
 # Two of torch's modes capture CUDA graphs, which hold for one shape; a packed batch rarely has the
 # shape of the one before.
@@ -118,6 +119,7 @@ class TrainingModel(nn.Module):
         self._chunk_loss = chunk_loss
         self._compiled = compile != "eager"
         if self._compiled:
+            share_triton_cache(decoder.embed.weight.device)
             mode = None if compile == "default" else compile
             how: dict[str, Any] = {"mode": mode}
             if layer_options:  # torch takes one of the two

@@ -10,6 +10,7 @@ import threading
 import time
 
 import pytest
+import torch
 
 from minigen import __main__, start
 from tests.command_line import ROOT
@@ -35,6 +36,23 @@ def test_a_model_is_loaded_without_the_compiler() -> None:
         "'transformers') if m in sys.modules])"
     )
     assert python(code) == "[]"
+
+
+def test_all_kernels_are_kept_in_one_cache(monkeypatch) -> None:
+    """Where torch's compiler makes Triton keep its own, in every start from the first on."""
+    from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
+
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    start.share_triton_cache(torch.device("cpu"))
+    assert "TRITON_CACHE_DIR" not in os.environ
+    for index, device in ((0, "cuda"), (0, "cuda:0"), (1, "cuda:1")):
+        monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+        expected = triton_cache_dir(index)
+        start.share_triton_cache(torch.device(device))
+        assert os.environ["TRITON_CACHE_DIR"] == expected
+    monkeypatch.setenv("TRITON_CACHE_DIR", "elsewhere")
+    start.share_triton_cache(torch.device("cuda"))
+    assert os.environ["TRITON_CACHE_DIR"] == "elsewhere"
 
 
 def test_the_compiler_is_imported_beside_the_loading(monkeypatch) -> None:
