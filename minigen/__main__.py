@@ -8,7 +8,7 @@ import threading
 import traceback
 from collections.abc import Sequence
 
-from minigen import cli, start, train_options
+from minigen import bench_options, cli, start, train_options
 from minigen.weights import bundled
 
 EPILOG = """\
@@ -190,9 +190,7 @@ def _parser() -> cli.Parser:
         epilog=BENCH_EPILOG,
         formatter_class=raw,
     )
-    from minigen.bench import add_options
-
-    add_options(bench)
+    bench_options.add_options(bench)
     bench.set_defaults(run=_run_bench)
 
     train = commands.add_parser(

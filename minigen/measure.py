@@ -8,6 +8,7 @@ import ctypes
 import gc
 import math
 import resource
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -108,6 +109,15 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU, {torch.get_num_threads()} threads"
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a figure depends on beside the code."""
+    return {
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+    }
 
 
 def reset_peak_memory(device: torch.device) -> None:

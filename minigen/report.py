@@ -1,8 +1,22 @@
-"""How benchmarks print: a table for people, then one line of JSON for programs."""
+"""How benchmarks print: a bar while they run, a table for people, one line of JSON for programs."""
 
+import contextlib
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+from minigen import cli
+
+
+@contextlib.contextmanager
+def bar(total: int, what: str, unit: str = "token") -> Iterator[Any]:
+    """A progress bar on standard error, where that is a terminal and it takes over two seconds."""
+    from tqdm import tqdm
+
+    hidden = not cli.is_terminal(sys.stderr)
+    with tqdm(total=total, desc=what, unit=unit, delay=2, disable=hidden, leave=False) as shown:
+        yield shown
 
 
 def number(value: Any) -> str:

@@ -1,14 +1,20 @@
-"""What a run tells: lines of progress, tables of losses, and their plot."""
+"""What a run tells: its speed, lines of progress, tables of losses, and their plot."""
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from minigen import cli
+from minigen.flops import peak_flops_of
 
 LOG, EVALUATION, PLOT = "log.csv", "evaluation.csv", "loss.png"
 LOG_FIELDS = (
@@ -88,6 +94,55 @@ class Progress:
 
     def close(self) -> None:
         self._bar.close()
+
+
+class Report:
+    """The files and lines of the first process."""
+
+    def __init__(self, output: Path, total: int, done: int) -> None:
+        self._log = Table(output / LOG, LOG_FIELDS, done)
+        self._evaluation = Table(output / EVALUATION, EVALUATION_FIELDS, done)
+        self.progress = Progress(total, done)
+
+    def log(self, row: dict[str, Any]) -> None:
+        self._log.add(row)
+        self.progress.report(row)
+
+    def evaluated(self, step: int, file: str, loss: float, targets: int) -> None:
+        self._evaluation.add({"step": step, "file": file, "loss": loss, "targets": targets})
+        self.progress.say(f"step {step}, held out of {file}: loss {loss:.4f}")
+
+
+class Clock:
+    """Tokens and arithmetic of all processes over the time of their steps."""
+
+    def __init__(self, device: torch.device, peak: float | None, world: int) -> None:
+        if peak is None and device.type == "cuda":
+            peak = peak_flops_of(torch.cuda.get_device_name(device))
+        self._peak = None if peak is None else peak * world
+        self._restart()
+
+    def _restart(self) -> None:
+        self._begin, self._tokens, self._flops = time.perf_counter(), 0, 0.0
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time that is no step's."""
+        begin = time.perf_counter()
+        yield
+        self._begin += time.perf_counter() - begin
+
+    def count(self, tokens: int, flops: float) -> None:
+        self._tokens += tokens
+        self._flops += flops
+
+    def read(self) -> tuple[float, float | None, float]:
+        """(tokens a second, MFU, seconds) since the last reading, which begins a new one."""
+        seconds = max(time.perf_counter() - self._begin, 1e-9)
+        mfu = None if self._peak is None else round(self._flops / seconds / self._peak, 4)
+        rate = self._tokens / seconds
+        self._restart()
+        return rate, mfu, seconds
 
 
 def check_matplotlib() -> None:

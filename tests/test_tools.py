@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from minigen import LLM, SamplingParams, workloads
 from minigen.__main__ import main
-from minigen.bench import read_goodput
+from minigen.bench_options import read_goodput
 from minigen.measure import Cost, StepMeter, percentile, percentiles
 from minigen.model import Decoder, DecoderConfig, jagged
 from minigen.report import number, table

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from minigen import bench, cli
+from minigen import bench_options, cli
 from minigen.shapes import SHAPES
 
 NO_MATPLOTLIB = "matplotlib is not installed: pip install 'minigen[plot]'"
@@ -54,7 +54,7 @@ def model_config(args: argparse.Namespace, default: str) -> dict[str, Any] | Non
     """As bench's; where no model is named it is the shape `default`."""
     if args.shape is None and args.config is None and args.model is None:
         args.shape = default
-    return bench.model_config(args)
+    return bench_options.model_config(args)
 
 
 def tokens_of(lengths: list[int], vocab_size: int, seed: int) -> list[list[int]]:

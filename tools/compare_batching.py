@@ -34,14 +34,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minigen.bench import bar, environment, model_dtype
+from minigen.bench_options import model_dtype
 from minigen.cli import positive
 from minigen.flops import peak_flops_of
 from minigen.kernels import varlen_attention
 from minigen.llm import device_of
-from minigen.measure import percentile, seconds_of, synchronize
+from minigen.measure import environment, percentile, seconds_of, synchronize
 from minigen.model import Decoder, DecoderConfig
-from minigen.report import print_document, table
+from minigen.report import bar, print_document, table
 from minigen.train_options import number
 from minigen.workloads import read_trace
 from tools import padded

@@ -10,9 +10,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from minigen.bench import SHORTEST, bar, model_arguments, run_process
+from minigen.bench_start import SHORTEST, model_arguments, run_process
 from minigen.cli import positive
-from minigen.report import print_document, table
+from minigen.report import bar, print_document, table
 from tools.common import Plot, bars, model_config, parser, run
 
 # The last one is what minigen does by itself: compiled, and on a GPU decode steps are replayed.

@@ -27,15 +27,15 @@ import torch
 from torch import Tensor
 
 from minigen.batch import make_batch
-from minigen.bench import bar, environment
 from minigen.cli import EXIT_RUNTIME, positive
 from minigen.engine import Engine
 from minigen.llm import LLM
 from minigen.loss import chunk_loss, chunked_cross_entropy
+from minigen.measure import environment
 from minigen.model import Decoder, DecoderConfig
 from minigen.outputs import CompletionOutput
 from minigen.packing import pack
-from minigen.report import print_document, table
+from minigen.report import bar, print_document, table
 from minigen.sampling import SamplingParams
 from minigen.scheduler import Sequence as Running
 from minigen.trainer import TrainingModel

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from minigen import LLM
-from minigen.bench import bar, environment, model_dtype
+from minigen.bench_options import model_dtype
 from minigen.cli import load_llm, positive
 from minigen.llm import device_of
 from minigen.measure import (
@@ -25,12 +25,13 @@ from minigen.measure import (
     Step,
     StepMeter,
     current_memory,
+    environment,
     measure_limits,
     percentiles,
     step_report,
 )
 from minigen.outputs import RequestOutput
-from minigen.report import print_document, table
+from minigen.report import bar, print_document, table
 from minigen.sampling import SamplingParams
 from tools.common import Plot, model_config, parser, run, tokens_of
 
