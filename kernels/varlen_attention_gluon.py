@@ -169,9 +169,9 @@ def choose_gluon_tile(queries: int, most_keys: int = 0) -> GluonTile:
         32/8 heads     285, 327         378, 380    447, 458   627, 563    672, 532
         16/8 heads     234, 260         305, 343    411, 408   605, 546    668, 542
 
-    A chunk of a prompt behind many keys was not timed; by these figures it wants large tiles. Tried and dropped, 32/8 heads: two groups of warps
-    that take turns at the tensor cores (281, 345, 443, 620, 613), and three groups with tiles of 64
-    keys (263, 347, 422, 572, 581).
+    A chunk of a prompt behind many keys was not timed; by these figures it wants large tiles. Tried
+    and dropped, 32/8 heads: two groups of warps that take turns at the tensor cores (281, 345, 443,
+    620, 613), and three groups with tiles of 64 keys (263, 347, 422, 572, 581).
     """
     is_short = queries <= SHORT_QUERIES and most_keys <= SHORT_KEYS
     return SHORT_TILE if is_short else DEFAULT_TILE

@@ -29,9 +29,9 @@ _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 # and 16 rows, cuBLAS's products with Inductor's kernels 33, 37, 31 and 31. With a second tile of
 # rows at 24 it is 35 and 32 (H200).
 MAX_ROWS = 16
-# With `tiled_layer`. What a layer does beside rope and attention takes it 18.7 and 24.4 us at 32 and
-# 128 rows, cuBLAS's products with Inductor's kernels 33.6 and 36.9. A whole layer takes 28.0 and
-# 27.4 at 3 and 4 rows, with `few_rows_layer` 28.3 and 30.1 (Qwen3-0.6B, H200).
+# With `tiled_layer`. What a layer does beside rope and attention takes it 18.7 and 24.4 us at 32
+# and 128 rows, cuBLAS's products with Inductor's kernels 33.6 and 36.9. A whole layer takes 28.0
+# and 27.4 at 3 and 4 rows, with `few_rows_layer` 28.3 and 30.1 (Qwen3-0.6B, H200).
 TILED_ROWS = (4, 256)
 # Of Llama-3.1-8B's wider layers cuBLAS's products are as fast, or faster above 32 rows.
 TILED_WIDTH = 4096
