@@ -1213,10 +1213,7 @@ def test_compiled_steps_look_at_what_may_change_alone() -> None:
 
 def test_engines_of_like_caches_run_their_own_models(monkeypatch) -> None:
     """What is left of a compiled step's guards is the same for all of these."""
-    real = torch.compile
-    monkeypatch.setattr(
-        torch, "compile", lambda f, **given: real(f, **(given | {"backend": "eager"}))
-    )
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     torch.compiler.reset()
     params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 
