@@ -1254,7 +1254,7 @@ def test_heads_are_compiled_where_that_fuses_something() -> None:
 def test_one_compilation_serves_every_mix_of_lengths(by_layer: bool) -> None:
     import torch._dynamo.utils as dynamo
 
-    torch._dynamo.reset()  # another runner's heads would serve this one, too
+    torch._dynamo.reset()  # another runner's layer would serve this one, too
     model = decoder()
     runner = Runner(
         model,
