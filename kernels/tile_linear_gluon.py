@@ -33,7 +33,7 @@ from minigen.kernels.varlen_attention_gluon import runs_gluon
 
 class GluonLinearTile(NamedTuple):
     """Rows and outputs of a program, inputs of a chunk, the most chunks of rows and of weights that
-    it holds at once."""
+    it holds at once: two of each at least."""
 
     block_t: int
     block_f: int
@@ -139,6 +139,10 @@ def sizes_of(
     activation: str,
 ) -> LinearSizes:
     chunks = triton.cdiv(triton.cdiv(num_inputs, tile.block_e), parts)
+    if min(tile.x_stages, tile.weight_stages) < 2:
+        # The chunk after next is asked for while the next is multiplied: the kernel would wait for
+        # one that nobody asks for.
+        raise ValueError(f"a tile must hold two chunks of rows and of weights, got {tile}")
     return LinearSizes(
         tile.block_t,
         tile.block_f,

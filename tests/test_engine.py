@@ -1211,6 +1211,32 @@ def test_compiled_steps_look_at_what_may_change_alone() -> None:
     assert kept == [True] * len(names) + [False] * len(fixed)
 
 
+def test_engines_of_like_caches_run_their_own_models(monkeypatch) -> None:
+    """What is left of a compiled step's guards is the same for all of these."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    torch.compiler.reset()
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+
+    def start(compile: str, **change: Any) -> Engine:
+        config = DecoderConfig.from_hf({**TINY, **change})
+        model = Decoder.from_config(config, dtype=torch.float32, seed=3)
+        for name, parameter in model.named_parameters():
+            if not name.endswith("norm.weight"):
+                parameter.mul_(10)
+        runner = Runner(model, num_blocks=31, block_size=4, max_num_seqs=8,
+                        max_num_batched_tokens=64, compile=compile)  # fmt: skip
+        runner.start_compiling(background=False)
+        assert runner.compile_status == ("ready" if compile == "default" else compile)
+        return Engine(runner, Scheduler(BlockPool(31, 4), 8, 64), None, [0], LIMIT)
+
+    changes: list[dict[str, Any]] = [{}, {"rms_norm_eps": 1.0}, {"intermediate_size": 56}]
+    expected = [run(start("eager", **change), [[5, 7, 9]], [params]) for change in changes]
+    assert len({str(tokens) for tokens in expected}) == 3
+    assert [
+        run(made, [[5, 7, 9]], [params]) for made in [start("default", **one) for one in changes]
+    ] == expected
+
+
 def test_heads_are_compiled_where_that_fuses_something() -> None:
     def compiles(device: str, compile: str, softcap: float) -> bool:
         model = SimpleNamespace(config=replace(decoder().config, logit_softcap=softcap))
@@ -1228,7 +1254,7 @@ def test_heads_are_compiled_where_that_fuses_something() -> None:
 def test_one_compilation_serves_every_mix_of_lengths(by_layer: bool) -> None:
     import torch._dynamo.utils as dynamo
 
-    torch._dynamo.reset()  # another runner's heads would serve this one, too
+    torch._dynamo.reset()  # another runner's layer would serve this one, too
     model = decoder()
     runner = Runner(
         model,
@@ -1268,7 +1294,8 @@ def test_one_compilation_serves_every_mix_of_lengths(by_layer: bool) -> None:
 
 
 def test_engines_do_not_use_up_each_others_compilations(monkeypatch) -> None:
-    """All engines of a process share the functions' code objects, on which dynamo counts."""
+    """Where they share the functions' code objects, on which dynamo counts: on the CPU if the
+    mode is none of ours."""
     import torch._dynamo as dynamo
 
     real = torch.compile
@@ -1283,7 +1310,7 @@ def test_engines_do_not_use_up_each_others_compilations(monkeypatch) -> None:
         hf = {**TINY, "hidden_size": width, "num_hidden_layers": 1}
         model = Decoder.from_config(DecoderConfig.from_hf(hf), dtype=dtype, seed=3)
         runner = Runner(model, num_blocks=31, block_size=4, max_num_seqs=8,
-                        max_num_batched_tokens=64)  # fmt: skip
+                        max_num_batched_tokens=64, compile="max-autotune")  # fmt: skip
         runner.start_compiling(background=width == 48)
         while runner.compile_status == "compiling":
             time.sleep(0.01)

@@ -9,10 +9,20 @@ from unittest import mock
 
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
+from minigen.few_rows import TILED_ROWS, TILED_WIDTH
 from minigen.kernels.checks import Window
 from minigen.kernels.gluon_import import KNOWN_GLUON
+from minigen.kernels.tile_linear_gluon import (
+    GluonLinearTile,
+    choose_parts,
+    choose_rows_tile,
+    sizes_of,
+)
+from minigen.kernels.tiles import HOPPER_SHARED_BYTES
 from minigen.kernels.varlen_attention_gluon import (
     DEFAULT_TILE,
     SHORT_TILE,
@@ -38,6 +48,35 @@ def test_short_sequences_take_small_tiles() -> None:
 def test_few_queries_and_what_was_not_timed_stay() -> None:
     assert [prefers_gluon(n, 128) for n in (1, 63, 64, 5000)] == [False, False, True, True]
     assert not prefers_gluon(5000, 64)
+
+
+widths = st.integers(1, TILED_WIDTH // 8).map(lambda n: 8 * n)
+
+
+@pytest.mark.parametrize("num_rows", [TILED_ROWS[0], 64, 65, 128, 129, 192, 193, TILED_ROWS[1]])
+@pytest.mark.parametrize("what", ["whole", "gated", "parts"])
+@settings(max_examples=10)
+@given(widths, widths)
+@example(TILED_WIDTH, TILED_WIDTH)
+@example(8, 8)
+def test_linear_tiles_fit_and_their_parts_hold_all_inputs(
+    num_rows: int, what: str, num_inputs: int, num_outputs: int
+) -> None:
+    """Of every layer that `serves_tiles` lets through."""
+    parts = choose_parts(num_rows, num_inputs, num_outputs) if what == "parts" else 0
+    tile = choose_rows_tile(num_rows, what == "gated", parts)
+    activation = "silu" if what == "gated" else ""
+    sizes = sizes_of(tile, num_inputs, num_outputs, parts or 1, True, parts > 0, activation)
+    # Besides the tiles: a barrier of 8 bytes for each place.
+    assert sizes.shared_bytes + 8 * (sizes.x_stages + sizes.weight_stages) <= HOPPER_SHARED_BYTES
+    assert (parts or 1) * sizes.chunks * sizes.block_e >= num_inputs
+
+
+@pytest.mark.parametrize(("x_stages", "weight_stages"), [(1, 4), (4, 1)])
+def test_a_linear_tile_holds_two_chunks(x_stages: int, weight_stages: int) -> None:
+    tile = GluonLinearTile(64, 64, 128, x_stages, weight_stages)
+    with pytest.raises(ValueError, match="two chunks"):
+        sizes_of(tile, 1024, 64, 1, False, False, "")
 
 
 @pytest.mark.parametrize("version", ["3.5.1", "3.60.0", "3.8.0", "4.0"])
