@@ -126,7 +126,9 @@ def choose_parts(num_rows: int, num_inputs: int, num_outputs: int) -> int:
     """
     tile = choose_rows_tile(num_rows, False, 1)
     blocks = triton.cdiv(num_rows, tile.block_t) * triton.cdiv(num_outputs, tile.block_f)
-    return min(max(64 // blocks, 2), triton.cdiv(num_inputs, tile.block_e))
+    chunks = triton.cdiv(num_inputs, tile.block_e)
+    # The least number of parts that have as many chunks each: none is empty.
+    return triton.cdiv(chunks, triton.cdiv(chunks, min(max(64 // blocks, 2), chunks)))
 
 
 def sizes_of(

@@ -532,7 +532,8 @@ class Runner:
             if captured is None or head == LOGITS:  # a captured draw is kept by the graph
                 self.last_tokens_M[step.rows_R] = drawn_R
             if num_logprobs is not None:
-                logprobs = top_logprobs(result, drawn_R, num_logprobs)
+                num = len(sampled)  # the rows behind them are null ones
+                logprobs = top_logprobs(result[:num], drawn_R[:num], num_logprobs)
             tokens_R = self._download(drawn_R)
             if logprobs is not None:
                 logprobs = tuple(self._download(t) for t in logprobs)

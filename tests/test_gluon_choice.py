@@ -70,6 +70,7 @@ def test_linear_tiles_fit_and_their_parts_hold_all_inputs(
     # Besides the tiles: a barrier of 8 bytes for each place.
     assert sizes.shared_bytes + 8 * (sizes.x_stages + sizes.weight_stages) <= HOPPER_SHARED_BYTES
     assert (parts or 1) * sizes.chunks * sizes.block_e >= num_inputs
+    assert max(parts - 1, 0) * sizes.chunks * sizes.block_e < num_inputs  # and none is empty
 
 
 @pytest.mark.parametrize(("x_stages", "weight_stages"), [(1, 4), (4, 1)])
