@@ -260,11 +260,13 @@ struct Weight {
 
   int64_t num_tiles() const { return (outputs + N - 1) / N; }
 
-  // What to ask for while output n is computed, where the outputs before `end` follow it. Rows are
-  // too short for the processor to foresee the next ones. Those of the tile after next are asked for,
-  // a few lines in each step: many at once would hold up the products.
-  const char* after(int64_t n, int64_t end) const {
-    return n + 2 * N < end ? reinterpret_cast<const char*>(at + (n + 2 * N) * depth) : nullptr;
+  // What to ask for while output n of so many rows is computed, where the outputs before `end` follow
+  // it. Weight rows are too short for the processor to foresee the next ones. Those of the next tile
+  // are asked for, or of the one after it, where a tile's products take longer (4.70 ms a step of two
+  // rows for 4.83, SmolLM2-135M); a few lines in each step: many at once would hold up the products.
+  const char* after(int64_t n, int64_t end, int64_t rows) const {
+    const int64_t next = n + (rows > 4 ? 2 * N : N);
+    return next < end ? reinterpret_cast<const char*>(at + next * depth) : nullptr;
   }
 
   // The `count` outputs from n on, at most N, of all rows of x, into rows of `out`.
@@ -296,7 +298,7 @@ void linear_rows(const at::Tensor& x_TE, const Weight<T>& weight, at::Tensor& ou
     for (int64_t n = begin * N; n < std::min(end * N, weight.outputs); n += N)
       weight.multiply(
           x, x_TE.stride(0), x_TE.size(0), n, std::min<int64_t>(N, weight.outputs - n), out + n,
-          weight.outputs, weight.after(n, end * N));
+          weight.outputs, weight.after(n, end * N, x_TE.size(0)));
   });
 }
 
@@ -325,9 +327,9 @@ at::Tensor any_linear(
 
 // --- norm ----------------------------------------------------------------------------------------
 
-// x over its root mean square, times weight + offset (arXiv 1910.07467), in float32, rounded once.
+// x over its root mean square, times weight (arXiv 1910.07467), in float32, rounded once.
 template <typename T>
-void norm_row(const T* x, const T* weight, float eps, float offset, int64_t size, T* to) {
+void norm_row(const T* x, const T* weight, float eps, int64_t size, T* to) {
   Vec low(0.0f), high(0.0f);
   for (int64_t i = 0; i < size; i += 2 * LANES) {
     const auto pair = load_pair(x + i, size - i);
@@ -339,8 +341,8 @@ void norm_row(const T* x, const T* weight, float eps, float offset, int64_t size
   for (int64_t i = 0; i < size; i += 2 * LANES) {
     const int64_t count = std::min(size - i, 2 * LANES);
     const auto pair = load_pair(x + i, count), scale = load_pair(weight + i, count);
-    (pair.low * factor * (scale.low + Vec(offset))).store(scaled);
-    (pair.high * factor * (scale.high + Vec(offset))).store(scaled + LANES);
+    (pair.low * factor * scale.low).store(scaled);
+    (pair.high * factor * scale.high).store(scaled + LANES);
     narrow(scaled, count, to + i);
   }
 }
@@ -424,7 +426,7 @@ struct Rope {
     auto turn = [&](const T* norm, T* to) {
       const T* from = x;
       if (norm) {
-        norm_row(x, norm, eps, 0.0f, head_dim, normed);
+        norm_row(x, norm, eps, head_dim, normed);
         from = normed;
       }
       rotate(from, c, s, half, head_dim, to);
@@ -1079,7 +1081,7 @@ void write_tile(
 struct Layer {
   at::Tensor norm_E, qkv_FE, qkv_bias_F, q_norm_D, k_norm_D, o_EF, o_bias_E;
   at::Tensor mlp_norm_E, gate_up_FE, gate_up_bias_F, down_EF, down_bias_E;
-  float eps, norm_offset;
+  float eps;
 };
 
 // The layer's output for at most MOST_ROWS rows, in one parallel region.
@@ -1115,8 +1117,7 @@ void layer_rows(
     T* normed = normed_rows + Team::rank() * rows * width;
     auto norm_rows = [&](const T* from, const T* weight) {
       for (int64_t r = 0; r < rows; ++r)
-        norm_row(
-            from + r * width, weight, layer.eps, layer.norm_offset, width, normed + r * width);
+        norm_row(from + r * width, weight, layer.eps, width, normed + r * width);
     };
     // x and weight's product plus `add`, if any.
     auto multiply = [&](const T* from, const Weight<T>& weight, const T* add, T* to) {
@@ -1125,7 +1126,7 @@ void layer_rows(
         const int64_t count = std::min<int64_t>(N, weight.outputs - n);
         float sums[MOST_ROWS * N];
         weight.multiply(
-            from, weight.depth, rows, n, count, sums, N, weight.after(n, share.end * N));
+            from, weight.depth, rows, n, count, sums, N, weight.after(n, share.end * N, rows));
         write_tile(sums, rows, count, add ? add + n : nullptr, weight.outputs, to + n);
       }
     };
@@ -1149,10 +1150,10 @@ void layer_rows(
     for (int64_t n = share.begin * N; n < std::min(share.end * N, hidden_width); n += N) {
       const int64_t count = std::min<int64_t>(N, hidden_width - n);
       float gate[MOST_ROWS * N], up[MOST_ROWS * N];
-      gate_up.multiply(normed, width, rows, n, count, gate, N, gate_up.after(n, share.end * N));
+      gate_up.multiply(normed, width, rows, n, count, gate, N, gate_up.after(n, share.end * N, rows));
       gate_up.multiply(
           normed, width, rows, hidden_width + n, count, up, N,
-          gate_up.after(hidden_width + n, hidden_width + share.end * N));
+          gate_up.after(hidden_width + n, hidden_width + share.end * N, rows));
       for (int64_t i = 0; i < rows * N; i += LANES)
         gated(Vec::loadu(gate + i), Vec::loadu(up + i)).store(gate + i);
       write_tile<T>(gate, rows, count, nullptr, hidden_width, hidden + n);
@@ -1163,7 +1164,7 @@ void layer_rows(
 }
 
 // Rows of x [T, E], each over its root mean square.
-at::Tensor norm_all(const at::Tensor& x_TE, const at::Tensor& weight_E, float eps, float offset) {
+at::Tensor norm_all(const at::Tensor& x_TE, const at::Tensor& weight_E, float eps) {
   auto out = at::empty_like(x_TE);
   by_dtype(x_TE.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
@@ -1172,7 +1173,7 @@ at::Tensor norm_all(const at::Tensor& x_TE, const at::Tensor& weight_E, float ep
     T* to = out.mutable_data_ptr<T>();
     at::parallel_for(0, x_TE.size(0), 16, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t)
-        norm_row(x + t * size, weight, eps, offset, size, to + t * size);
+        norm_row(x + t * size, weight, eps, size, to + t * size);
     });
   });
   return out;
@@ -1211,8 +1212,8 @@ at::Tensor decoder_layer(
     const at::Tensor& down_EF, const std::optional<at::Tensor>& down_bias_E,
     const at::Tensor& cos_TR, const at::Tensor& sin_TR, at::Tensor k_cache, at::Tensor v_cache,
     const at::Tensor& slots_T, const at::Tensor& cu_seqlens, const at::Tensor& kv_lens_S,
-    const at::Tensor& block_table_SW, double eps, double norm_offset, bool rotates, double scale,
-    int64_t left, int64_t right, double softcap) {
+    const at::Tensor& block_table_SW, double eps, bool rotates, double scale, int64_t left,
+    int64_t right) {
   const auto x = x_TE.contiguous();
   const int64_t rows = x.size(0), width = x.size(1), kv_heads = k_cache.size(2);
   const int64_t head_dim = k_cache.size(3), heads = qkv_FE.size(0) / head_dim - 2 * kv_heads;
@@ -1238,12 +1239,12 @@ at::Tensor decoder_layer(
       checked("gate_up_bias", gate_up_bias_F, {2 * hidden_width}),
       checked("down", down_EF, {width, hidden_width}),
       checked("down_bias", down_bias_E, {width}),
-      float(eps), float(norm_offset)};
+      float(eps)};
   const auto slots = slots_T.contiguous();
   const auto offsets = cu_seqlens.contiguous(), kv_lens = kv_lens_S.contiguous();
   const auto table = block_table_SW.stride(1) == 1 ? block_table_SW : block_table_SW.contiguous();
   const Problem p = checked_problem(
-      rows, heads, k_cache, offsets, kv_lens, table, scale, left, right, softcap);
+      rows, heads, k_cache, offsets, kv_lens, table, scale, left, right, 0.0);
   auto out = at::empty_like(x);
   by_dtype(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
@@ -1257,7 +1258,7 @@ at::Tensor decoder_layer(
         has_norms ? layer.k_norm_D.const_data_ptr<T>() : nullptr, layer.eps};
     if (rows <= MOST_ROWS) return layer_rows(layer, p, rope, x, k, v, out);
 
-    const auto normed = norm_all(x, layer.norm_E, layer.eps, layer.norm_offset);
+    const auto normed = norm_all(x, layer.norm_E, layer.eps);
     const at::Tensor qkv = any_linear(normed, qkv_FE, qkv_bias_F);
     const at::Tensor q = at::empty({rows, heads, head_dim}, x.options());
     rope.qkv = qkv.const_data_ptr<T>();
@@ -1266,9 +1267,9 @@ at::Tensor decoder_layer(
       for (int64_t t = begin; t < end; ++t) rope.write(t);
     });
     const auto attended = paged_attention(
-        q, k_cache, v_cache, offsets, kv_lens, table, scale, left, right, softcap);
+        q, k_cache, v_cache, offsets, kv_lens, table, scale, left, right, 0.0);
     const at::Tensor middle = at::add(x, any_linear(attended.flatten(1), o_EF, o_bias_E));
-    const auto normed_middle = norm_all(middle, layer.mlp_norm_E, layer.eps, layer.norm_offset);
+    const auto normed_middle = norm_all(middle, layer.mlp_norm_E, layer.eps);
     const at::Tensor hidden = gate_all(any_linear(normed_middle, gate_up_FE, gate_up_bias_F));
     out = at::add(middle, any_linear(hidden, down_EF, down_bias_E));
   });
@@ -1295,7 +1296,7 @@ TORCH_LIBRARY_FRAGMENT(minigen, m) {
       "Tensor gate_up_FE, Tensor? gate_up_bias_F, Tensor down_EF, Tensor? down_bias_E, "
       "Tensor cos_TR, Tensor sin_TR, Tensor(a!) k_cache_NBKD, Tensor(b!) v_cache_NBKD, "
       "Tensor slots_T, Tensor cu_seqlens_S1, Tensor kv_lens_S, Tensor block_table_SW, float eps, "
-      "float norm_offset, bool rotates, float scale, int left, int right, float softcap) -> Tensor",
+      "bool rotates, float scale, int left, int right) -> Tensor",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "native_paged_attention(Tensor q_THD, Tensor k_cache_NBKD, Tensor v_cache_NBKD, "

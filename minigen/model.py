@@ -643,8 +643,10 @@ class Block(nn.Module):
     def _is_one_operation(self, x_SjE: Tensor) -> bool:
         """Whether `decoder_layer` serves, and does what this layer is."""
         config, weight = self.attention.config, self.mlp.down_proj.weight
-        known = config.activation == "silu" and not config.post_norms and not self.training
-        return known and native.serves(x_SjE.values(), weight) and x_SjE.dtype == weight.dtype
+        plain = config.activation == "silu" and not (
+            config.post_norms or config.norm_offset or config.attention_softcap or self.training
+        )
+        return plain and native.serves(x_SjE.values(), weight) and x_SjE.dtype == weight.dtype
 
     def _in_one_operation(
         self, x_SjE: Tensor, cos_TR: Tensor, sin_TR: Tensor, kv: LayerKV
@@ -655,14 +657,15 @@ class Block(nn.Module):
             attention.q_norm.weight if config.qk_norm else None,
             attention.k_norm.weight if config.qk_norm else None,
             attention.o_proj.weight, attention.o_proj.bias, self.mlp_norm.weight,
-            mlp.gate_up_proj.weight, mlp.gate_up_proj.bias, mlp.down_proj.weight, mlp.down_proj.bias,
+            mlp.gate_up_proj.weight, mlp.gate_up_proj.bias, mlp.down_proj.weight,
+            mlp.down_proj.bias,
         )  # fmt: skip
         offsets = offsets_of(x_SjE)
         x_TE = decoder_layer(
             x_SjE.values(), weights, cos_TR, sin_TR, kv.k_cache_NBKD, kv.v_cache_NBKD, kv.slots_T,
             offsets, kv.kv_lens_S, kv.block_table_SW, eps=config.rms_norm_eps,
-            norm_offset=config.norm_offset, rotates=attention.rotates, scale=config.attention_scale,
-            window_size=attention.window_size, softcap=config.attention_softcap,
+            rotates=attention.rotates, scale=config.attention_scale,
+            window_size=attention.window_size,
         )  # fmt: skip
         return jagged(x_TE, offsets)
 
