@@ -85,20 +85,18 @@ def make_block(case: LayerCase) -> Block:
 
 
 def make_step(case: LayerCase) -> tuple[Tensor, Tensor, Tensor, Tensor, LayerKV]:
-    """Rows, tables, offsets and a cache that holds what came before; the last slot is skipped."""
+    """Rows, tables, offsets and a cache that holds what came before."""
     generator = torch.Generator().manual_seed(case.seed)
     size = 16
     num_blocks = max(1, *(-(-n // size) for n in case.kv_lens))
     shape = (len(case.kv_lens) * num_blocks, size, case.num_kv_heads, case.head_dim)
-    caches = [torch.randn(shape, generator=generator).to(case.dtype) for _ in range(2)]
+    k_cache, v_cache = (torch.randn(shape, generator=generator).to(case.dtype) for _ in range(2))
     table_SW = torch.randperm(shape[0], generator=generator).view(-1, num_blocks)
     slots: list[int] = []
     for row, queries, keys in zip(table_SW.tolist(), case.q_lens, case.kv_lens, strict=True):
         slots += [row[i // size] * size + i % size for i in range(keys - queries, keys)]
-    kv = LayerKV(
-        *caches, torch.tensor(slots, dtype=torch.int64), torch.tensor(case.kv_lens).int(),
-        table_SW.int(),
-    )  # fmt: skip
+    slots_T, kv_lens_S = torch.tensor(slots, dtype=torch.int64), torch.tensor(case.kv_lens).int()
+    kv = LayerKV(k_cache, v_cache, slots_T, kv_lens_S, table_SW.int())
     x_TE = torch.randn(sum(case.q_lens), case.width, generator=generator).to(case.dtype)
     angle_TR = torch.rand(len(x_TE), case.head_dim // 2, generator=generator) * 6.28
     return x_TE, angle_TR.cos(), angle_TR.sin(), cu_seqlens(case.q_lens), kv
@@ -171,9 +169,9 @@ PLAIN = LayerCase((1, 2), (5, 7), "qwen3", 2, 3, 16, 24, 20, None, False, torch.
     ],
 )
 def test_bad_arguments_are_refused(changes: dict[str, Tensor], message: str) -> None:
-    *rows, kv = make_step(PLAIN)
+    x_TE, cos_TR, sin_TR, offsets, kv = make_step(PLAIN)
     with pytest.raises(ValueError, match=message):
-        run(make_block(PLAIN), (*rows, replace(kv, **changes)))
+        run(make_block(PLAIN), (x_TE, cos_TR, sin_TR, offsets, replace(kv, **changes)))
 
 
 def test_a_weight_that_does_not_fit_is_refused() -> None:
