@@ -2,7 +2,7 @@
 
 As separate operations a layer of one row is nine calls, in most of which threads wake, stream a
 part of the weights and wait; here they wake once a layer. A step of one request (SmolLM2-135M,
-bf16, two cores) spends 5.7 ms in its layers, where it spent 7.0.
+bf16, two cores) spends 5.7 ms in its graph, where it spent 7.0.
 
 Shapes: T packed tokens, S sequences, E model width, F outputs of a linear layer, D head dim, R
 rotated part of D, K key/value heads, N cache blocks, B tokens a block, W blocks a sequence.

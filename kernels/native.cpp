@@ -35,7 +35,7 @@ using Vec = Vectorized<float>;
 constexpr int64_t LANES = Vec::size();
 // Rows up to which a linear layer is faster here than in at::linear; the figures are in tools/LOG.md.
 constexpr int64_t MOST_ROWS = 32;
-// Turns that a thread spins for others before it yields its core, about 50 us.
+// Turns that a thread spins for others before it yields its core, some tens of microseconds.
 constexpr int64_t PATIENCE = 2000;
 constexpr int64_t KEYS = 64;
 constexpr int64_t ROWS = 64;
@@ -262,8 +262,9 @@ struct Weight {
 
   // What to ask for while output n of so many rows is computed, where the outputs before `end` follow
   // it. Weight rows are too short for the processor to foresee the next ones. Those of the next tile
-  // are asked for, or of the one after it, where a tile's products take longer (4.70 ms a step of two
-  // rows for 4.83, SmolLM2-135M); a few lines in each step: many at once would hold up the products.
+  // are asked for, or of the one after it, where a tile's products take longer (5.00 ms for all layers
+  // at two rows in place of 5.16, SmolLM2-135M); a few lines in each step: many at once would hold up
+  // the products.
   const char* after(int64_t n, int64_t end, int64_t rows) const {
     const int64_t next = n + (rows > 4 ? 2 * N : N);
     return next < end ? reinterpret_cast<const char*>(at + next * depth) : nullptr;
