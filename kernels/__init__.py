@@ -1,5 +1,6 @@
 """minigen's operations on the flat batch: `torch.library` operations with CPU and GPU kernels."""
 
+from minigen.kernels.decoder_layer import LayerWeights, decoder_layer
 from minigen.kernels.few_rows_linear import few_rows_linear
 from minigen.kernels.kv_cache_write import kv_cache_write
 from minigen.kernels.linear import linear
@@ -10,6 +11,8 @@ from minigen.kernels.tile_linear import tile_linear
 from minigen.kernels.varlen_attention import varlen_attention
 
 __all__ = [
+    "LayerWeights",
+    "decoder_layer",
     "few_rows_linear",
     "kv_cache_write",
     "linear",

@@ -10,7 +10,9 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
+#include <ATen/ops/add.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/linear.h>
 #include <torch/library.h>
 
@@ -18,8 +20,12 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <thread>
 #include <type_traits>
 #include <vector>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 
 namespace {
 
@@ -29,11 +35,14 @@ using Vec = Vectorized<float>;
 constexpr int64_t LANES = Vec::size();
 // Rows up to which a linear layer is faster here than in at::linear; the figures are in tools/LOG.md.
 constexpr int64_t MOST_ROWS = 32;
+// Turns that a thread spins for others before it yields its core, some tens of microseconds.
+constexpr int64_t PATIENCE = 2000;
 constexpr int64_t KEYS = 64;
 constexpr int64_t ROWS = 64;
 // Keys a work item takes of a sequence with few queries. It depends on nothing but the sequence, so
 // that a request's numbers do not change with its neighbours.
 constexpr int64_t SPLIT_KEYS = 512;
+constexpr int64_t MOST_HEAD_DIM = 256;  // as in checks.py
 constexpr int64_t FEW_ROWS = 8;  // below, transposing the keys costs more than it saves
 // Finite, since the compiler may be told that there is no infinity; below any score.
 constexpr float NOTHING = -1e30f;
@@ -235,44 +244,66 @@ void dot_rows(
   sweep(0, std::integral_constant<int, 1>());
 }
 
+// A linear layer's weight [outputs, depth], whole rows one after the other, and its bias, if any.
 template <typename T>
-void linear_rows(
-    const at::Tensor& x_TE, const at::Tensor& weight_FE, const at::Tensor& bias_F, at::Tensor& out_TF) {
-  const int64_t rows = x_TE.size(0), depth = x_TE.size(1), outputs = weight_FE.size(0);
-  const int64_t x_stride = x_TE.stride(0);
-  const T* x = x_TE.const_data_ptr<T>();
-  const T* weight = weight_FE.const_data_ptr<T>();
-  const T* bias = bias_F.defined() ? bias_F.const_data_ptr<T>() : nullptr;
-  T* out = out_TF.mutable_data_ptr<T>();
-  constexpr int N = 4;
-  // Sixteen tiles at least a thread: less is not worth waking one.
-  at::parallel_for(0, (outputs + N - 1) / N, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t tile = begin; tile < end; ++tile) {
-      const int64_t n = tile * N, count = std::min<int64_t>(N, outputs - n);
-      // Rows are too short for the processor to foresee the next ones.
-      // Those of the tile after next are asked for, a few lines in each step: many at once would hold
-      // up the products.
-      const char* next = nullptr;
-      if (tile + 2 < end) next = reinterpret_cast<const char*>(weight + (n + 2 * N) * depth);
-      float biases[4 * N] = {};
-      for (int64_t i = 0; bias && i < 4 * N; ++i) biases[i] = float(bias[n + i % count]);
-      if (count == N) {
-        dot_rows<T, T, N>(
-            x, x_stride, rows, weight + n * depth, depth, depth, biases, out + n, outputs, next);
-        continue;
-      }
-      for (int64_t i = 0; i < count; ++i) {
-        float one_bias[4 * N];
-        std::fill(one_bias, one_bias + 4 * N, biases[i]);
-        dot_rows<T, T, 1>(
-            x, x_stride, rows, weight + (n + i) * depth, depth, depth, one_bias, out + n + i,
-            outputs);
-      }
+struct Weight {
+  static constexpr int N = 4;  // outputs a tile
+  const T* at;
+  const T* bias;
+  int64_t depth, outputs;
+
+  Weight(const at::Tensor& weight_FE, const at::Tensor& bias_F)
+      : at(weight_FE.const_data_ptr<T>()),
+        bias(bias_F.defined() ? bias_F.const_data_ptr<T>() : nullptr),
+        depth(weight_FE.size(1)),
+        outputs(weight_FE.size(0)) {}
+
+  int64_t num_tiles() const { return (outputs + N - 1) / N; }
+
+  // What to ask for while output n of so many rows is computed, where the outputs before `end` follow
+  // it. Weight rows are too short for the processor to foresee the next ones. Those of the next tile
+  // are asked for, or of the one after it, where a tile's products take longer (5.00 ms for all layers
+  // at two rows in place of 5.16, SmolLM2-135M); a few lines in each step: many at once would hold up
+  // the products.
+  const char* after(int64_t n, int64_t end, int64_t rows) const {
+    const int64_t next = n + (rows > 4 ? 2 * N : N);
+    return next < end ? reinterpret_cast<const char*>(at + next * depth) : nullptr;
+  }
+
+  // The `count` outputs from n on, at most N, of all rows of x, into rows of `out`.
+  template <typename Out>
+  void multiply(
+      const T* x, int64_t x_stride, int64_t rows, int64_t n, int64_t count, Out* out,
+      int64_t out_stride, const char* next) const {
+    float biases[4 * N] = {};
+    for (int64_t i = 0; bias && i < 4 * N; ++i) biases[i] = float(bias[n + i % count]);
+    if (count == N)
+      return dot_rows<T, Out, N>(
+          x, x_stride, rows, at + n * depth, depth, depth, biases, out, out_stride, next);
+    for (int64_t i = 0; i < count; ++i) {
+      float one_bias[4 * N];
+      std::fill(one_bias, one_bias + 4 * N, biases[i]);
+      dot_rows<T, Out, 1>(
+          x, x_stride, rows, at + (n + i) * depth, depth, depth, one_bias, out + i, out_stride);
     }
+  }
+};
+
+template <typename T>
+void linear_rows(const at::Tensor& x_TE, const Weight<T>& weight, at::Tensor& out_TF) {
+  const T* x = x_TE.const_data_ptr<T>();
+  T* out = out_TF.mutable_data_ptr<T>();
+  constexpr int N = Weight<T>::N;
+  // Sixteen tiles at least a thread: less is not worth waking one.
+  at::parallel_for(0, weight.num_tiles(), 16, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin * N; n < std::min(end * N, weight.outputs); n += N)
+      weight.multiply(
+          x, x_TE.stride(0), x_TE.size(0), n, std::min<int64_t>(N, weight.outputs - n), out + n,
+          weight.outputs, weight.after(n, end * N, x_TE.size(0)));
   });
 }
 
-at::Tensor linear(
+at::Tensor any_linear(
     const at::Tensor& x_TE, const at::Tensor& weight_FE, const std::optional<at::Tensor>& bias_F) {
   TORCH_CHECK_VALUE(
       x_TE.dim() == 2 && weight_FE.dim() == 2 && x_TE.size(1) == weight_FE.size(1),
@@ -289,9 +320,32 @@ at::Tensor linear(
       "bias must be [", weight.size(0), "] of ", x.scalar_type(), ", got ", bias.sizes());
   auto out = at::empty({x.size(0), weight.size(0)}, x.options());
   by_dtype(x.scalar_type(), [&](auto zero) {
-    linear_rows<decltype(zero)>(x, weight, bias, out);
+    using T = decltype(zero);
+    linear_rows(x, Weight<T>(weight, bias), out);
   });
   return out;
+}
+
+// --- norm ----------------------------------------------------------------------------------------
+
+// x over its root mean square, times weight (arXiv 1910.07467), in float32, rounded once.
+template <typename T>
+void norm_row(const T* x, const T* weight, float eps, int64_t size, T* to) {
+  Vec low(0.0f), high(0.0f);
+  for (int64_t i = 0; i < size; i += 2 * LANES) {
+    const auto pair = load_pair(x + i, size - i);
+    low = at::vec::fmadd(pair.low, pair.low, low);
+    high = at::vec::fmadd(pair.high, pair.high, high);
+  }
+  const Vec factor(1.0f / std::sqrt(sum_of(low + high) / float(size) + eps));
+  float scaled[2 * LANES];
+  for (int64_t i = 0; i < size; i += 2 * LANES) {
+    const int64_t count = std::min(size - i, 2 * LANES);
+    const auto pair = load_pair(x + i, count), scale = load_pair(weight + i, count);
+    (pair.low * factor * scale.low).store(scaled);
+    (pair.high * factor * scale.high).store(scaled + LANES);
+    narrow(scaled, count, to + i);
+  }
 }
 
 // --- cache write ---------------------------------------------------------------------------------
@@ -352,32 +406,42 @@ void rotate(const T* x, const float* cos, const float* sin, int64_t half, int64_
   std::memcpy(to + 2 * half, x + 2 * half, (size - 2 * half) * sizeof(T));
 }
 
-// From the projection [T, H + 2K, D] to rotated queries [T, H, D] and a written cache: what are four
+// From the projection [T, H + 2K, D] to rotated queries and a written cache: what are four
 // operations of a layer otherwise. Row t of the tables is token t's; half 0 rotates nothing.
 template <typename T>
-void rope_rows(
-    const at::Tensor& qkv_TXD, const float* cos, const float* sin, int64_t half, at::Tensor& k_cache,
-    at::Tensor& v_cache, const int64_t* slots, int64_t table_width, at::Tensor& q_THD) {
-  const int64_t heads = q_THD.size(1), kv_heads = k_cache.size(2), size = qkv_TXD.size(2);
-  const int64_t token_stride = qkv_TXD.stride(0), head_stride = qkv_TXD.stride(1);
-  const T* qkv = qkv_TXD.const_data_ptr<T>();
-  T *q = q_THD.mutable_data_ptr<T>(), *k = k_cache.mutable_data_ptr<T>();
-  T* v = v_cache.mutable_data_ptr<T>();
-  at::parallel_for(0, qkv_TXD.size(0), 64, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      const T* x = qkv + t * token_stride;
-      const float *c = cos + t * table_width, *s = sin + t * table_width;
-      for (int64_t head = 0; head < heads; ++head, x += head_stride)
-        rotate(x, c, s, half, size, q + (t * heads + head) * size);
-      if (slots[t] < 0) continue;
-      for (int64_t head = 0; head < kv_heads; ++head, x += head_stride) {
-        const int64_t row = (slots[t] * kv_heads + head) * size;
-        rotate(x, c, s, half, size, k + row);
-        std::memcpy(v + row, x + kv_heads * head_stride, size * sizeof(T));
+struct Rope {
+  const T* qkv;
+  int64_t token_stride, head_stride, heads, kv_heads, head_dim;
+  const float *cos, *sin;
+  int64_t half, table_width;
+  const int64_t* slots;
+  T *q, *k, *v;
+  // Norms of queries and keys, rounded to the dtype before the rotation; null: none.
+  const T *q_norm = nullptr, *k_norm = nullptr;
+  float eps = 0.0f;
+
+  void write(int64_t t) const {
+    const T* x = qkv + t * token_stride;
+    const float *c = cos + t * table_width, *s = sin + t * table_width;
+    T normed[MOST_HEAD_DIM];
+    auto turn = [&](const T* norm, T* to) {
+      const T* from = x;
+      if (norm) {
+        norm_row(x, norm, eps, head_dim, normed);
+        from = normed;
       }
+      rotate(from, c, s, half, head_dim, to);
+    };
+    for (int64_t head = 0; head < heads; ++head, x += head_stride)
+      turn(q_norm, q + (t * heads + head) * head_dim);
+    if (slots[t] < 0) return;
+    for (int64_t head = 0; head < kv_heads; ++head, x += head_stride) {
+      const int64_t row = (slots[t] * kv_heads + head) * head_dim;
+      turn(k_norm, k + row);
+      std::memcpy(v + row, x + kv_heads * head_stride, head_dim * sizeof(T));
     }
-  });
-}
+  }
+};
 
 at::Tensor rope_cache_write(
     const at::Tensor& qkv_TXD, const at::Tensor& cos_TR, const at::Tensor& sin_TR,
@@ -388,9 +452,14 @@ at::Tensor rope_cache_write(
   const int64_t half = cos_TR.size(1);
   auto q = at::empty({qkv.size(0), qkv.size(1) - 2 * k_cache.size(2), qkv.size(2)}, qkv.options());
   by_dtype(qkv.scalar_type(), [&](auto zero) {
-    rope_rows<decltype(zero)>(
-        qkv, cos_TR.const_data_ptr<float>(), sin_TR.const_data_ptr<float>(), rotates ? half : 0,
-        k_cache, v_cache, slot, half, q);
+    using T = decltype(zero);
+    const Rope<T> rope{
+        qkv.const_data_ptr<T>(), qkv.stride(0), qkv.stride(1), q.size(1), k_cache.size(2), q.size(2),
+        cos_TR.const_data_ptr<float>(), sin_TR.const_data_ptr<float>(), rotates ? half : 0, half, slot,
+        q.mutable_data_ptr<T>(), k_cache.mutable_data_ptr<T>(), v_cache.mutable_data_ptr<T>()};
+    at::parallel_for(0, qkv.size(0), 64, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) rope.write(t);
+    });
   });
   return q;
 }
@@ -462,6 +531,7 @@ struct Merge {
 };
 
 struct Problem {
+  int64_t num_seqs;
   const int32_t* offsets;
   const int32_t* kv_lens;
   const int32_t* table;
@@ -729,21 +799,31 @@ std::vector<Item> one_head_each(const std::vector<Item>& items) {
   return single;
 }
 
+// One call's work: threads `attend` together, and where there is something to merge, one does so
+// after all have ended.
 template <typename T>
-void paged_attention_rows(
-    const Problem& p, const at::Tensor& q_THD, const at::Tensor& k_cache, const at::Tensor& v_cache,
-    at::Tensor& out_THD, int64_t num_seqs) {
-  const T* q = q_THD.const_data_ptr<T>();
-  const T* k = k_cache.const_data_ptr<T>();
-  const T* v = v_cache.const_data_ptr<T>();
-  T* out = out_THD.mutable_data_ptr<T>();
-  const int64_t most_queries = std::max<int64_t>(1, ROWS / p.group);
-  const int64_t num_heads = p.num_kv_heads * p.group;
-
+struct Attending {
+  const Problem& p;
+  const T *q, *k, *v;
+  T* out;
   std::vector<Item> items;
   std::vector<Merge> merges;
+  std::vector<float> parts;
+  int64_t most_rows = 1, most_rows_a_head = 1, part_size = 0;
+  std::atomic<int64_t> taken{0};
+
+  Attending(const Problem& p, const T* q, const T* k, const T* v, T* out);
+  void attend();
+  void merge();
+  void write(int64_t row, int64_t head, int64_t token, const float* sum, float total) const;
+};
+
+template <typename T>
+Attending<T>::Attending(const Problem& p, const T* q, const T* k, const T* v, T* out)
+    : p(p), q(q), k(k), v(v), out(out) {
+  const int64_t most_queries = std::max<int64_t>(1, ROWS / p.group);
   int64_t num_parts = 0;
-  for (int64_t seq = 0; seq < num_seqs; ++seq) {
+  for (int64_t seq = 0; seq < p.num_seqs; ++seq) {
     const int64_t num_queries = p.offsets[seq + 1] - p.offsets[seq], num_keys = p.kv_lens[seq];
     for (int64_t query = 0; query < num_queries; query += most_queries) {
       const int64_t count = std::min(most_queries, num_queries - query);
@@ -776,58 +856,64 @@ void paged_attention_rows(
     return item.num_heads * item.num_queries * (item.end - item.begin);
   };
   std::sort(items.begin(), items.end(), [&](const Item& a, const Item& b) { return cost(a) > cost(b); });
-  int64_t most_rows = 1, most_rows_a_head = 1;
   for (const Item& item : items) {
     most_rows = std::max(most_rows, item.num_heads * item.num_queries * p.group);
     most_rows_a_head = std::max(most_rows_a_head, item.num_queries * p.group);
   }
-  const int64_t part_size = most_rows_a_head * (p.width + 2);
-  std::vector<float> parts(num_parts * part_size);
+  part_size = most_rows_a_head * (p.width + 2);
+  parts.resize(num_parts * part_size);
+}
 
-  auto write = [&](int64_t row, int64_t head, int64_t token, const float* sum, float total) {
-    T* to = out + ((token + row / p.group) * num_heads + head * p.group + row % p.group) * p.head_dim;
-    const float factor = total > 0 ? 1.0f / total : 0.0f;
-    float scaled[2 * LANES];
-    for (int64_t d = 0; d < p.head_dim; d += 2 * LANES) {
-      (Vec::loadu(sum + d) * Vec(factor)).store(scaled);
-      (Vec::loadu(sum + d + LANES) * Vec(factor)).store(scaled + LANES);
-      narrow(scaled, std::min(p.head_dim - d, 2 * LANES), to + d);
-    }
-  };
-  const int64_t num_items = items.size(), num_threads = std::min<int64_t>(num_items, at::get_num_threads());
-  std::atomic<int64_t> taken{0};
-#pragma omp parallel num_threads(std::max<int64_t>(num_threads, 1)) if (num_threads > 1)
-  {
-    Scratch s(most_rows, p.width, most_rows_a_head < FEW_ROWS);
-    // The next one is known early, so that its first keys can be asked for.
-    for (int64_t i = taken++, next; i < num_items; i = next) {
-      next = taken++;
-      const Item& item = items[i];
-      const int64_t rows = item.num_queries * p.group, all_rows = item.num_heads * rows;
-      std::fill(s.sum, s.sum + all_rows * p.width, 0.0f);
-      std::fill(s.row_max, s.row_max + all_rows, NOTHING);
-      std::fill(s.row_sum, s.row_sum + all_rows, 0.0f);
-      if (rows < FEW_ROWS)
-        attend_few<T>(item, next < num_items ? &items[next] : nullptr, p, q, k, v, s);
-      else
-        attend_many<T>(item, p, q, k, v, s);
-      for (int64_t head = 0; head < item.num_heads; ++head) {
-        const float* sum = s.sum + head * rows * p.width;
-        const float *row_max = s.row_max + head * rows, *row_sum = s.row_sum + head * rows;
-        if (item.part < 0) {
-          for (int64_t r = 0; r < rows; ++r)
-            write(
-                r, item.head + head, p.offsets[item.seq] + item.query, sum + r * p.width,
-                row_sum[r]);
-          continue;
-        }
-        float* part = parts.data() + (item.part + head * item.num_parts) * part_size;
-        std::copy(row_max, row_max + rows, part);
-        std::copy(row_sum, row_sum + rows, part + most_rows_a_head);
-        std::copy(sum, sum + rows * p.width, part + 2 * most_rows_a_head);
+template <typename T>
+void Attending<T>::write(
+    int64_t row, int64_t head, int64_t token, const float* sum, float total) const {
+  const int64_t num_heads = p.num_kv_heads * p.group;
+  T* to = out + ((token + row / p.group) * num_heads + head * p.group + row % p.group) * p.head_dim;
+  const float factor = total > 0 ? 1.0f / total : 0.0f;
+  float scaled[2 * LANES];
+  for (int64_t d = 0; d < p.head_dim; d += 2 * LANES) {
+    (Vec::loadu(sum + d) * Vec(factor)).store(scaled);
+    (Vec::loadu(sum + d + LANES) * Vec(factor)).store(scaled + LANES);
+    narrow(scaled, std::min(p.head_dim - d, 2 * LANES), to + d);
+  }
+}
+
+template <typename T>
+void Attending<T>::attend() {
+  const int64_t num_items = items.size();
+  Scratch s(most_rows, p.width, most_rows_a_head < FEW_ROWS);
+  // The next one is known early, so that its first keys can be asked for.
+  for (int64_t i = taken++, next; i < num_items; i = next) {
+    next = taken++;
+    const Item& item = items[i];
+    const int64_t rows = item.num_queries * p.group, all_rows = item.num_heads * rows;
+    std::fill(s.sum, s.sum + all_rows * p.width, 0.0f);
+    std::fill(s.row_max, s.row_max + all_rows, NOTHING);
+    std::fill(s.row_sum, s.row_sum + all_rows, 0.0f);
+    if (rows < FEW_ROWS)
+      attend_few<T>(item, next < num_items ? &items[next] : nullptr, p, q, k, v, s);
+    else
+      attend_many<T>(item, p, q, k, v, s);
+    for (int64_t head = 0; head < item.num_heads; ++head) {
+      const float* sum = s.sum + head * rows * p.width;
+      const float *row_max = s.row_max + head * rows, *row_sum = s.row_sum + head * rows;
+      if (item.part < 0) {
+        for (int64_t r = 0; r < rows; ++r)
+          write(
+              r, item.head + head, p.offsets[item.seq] + item.query, sum + r * p.width,
+              row_sum[r]);
+        continue;
       }
+      float* part = parts.data() + (item.part + head * item.num_parts) * part_size;
+      std::copy(row_max, row_max + rows, part);
+      std::copy(row_sum, row_sum + rows, part + most_rows_a_head);
+      std::copy(sum, sum + rows * p.width, part + 2 * most_rows_a_head);
     }
   }
+}
+
+template <typename T>
+void Attending<T>::merge() {
   for (const Merge& merge : merges) {
     float* into = parts.data() + merge.part * part_size;
     for (int64_t r = 0; r < merge.num_queries * p.group; ++r) {
@@ -848,15 +934,14 @@ void paged_attention_rows(
   }
 }
 
-at::Tensor paged_attention(
-    const at::Tensor& q_THD, const at::Tensor& k_cache, const at::Tensor& v_cache,
-    const at::Tensor& cu_seqlens_q, const at::Tensor& kv_lens_S, const at::Tensor& block_table_SW,
-    double scale, int64_t left, int64_t right, double softcap) {
-  const int64_t num_seqs = kv_lens_S.size(0), num_blocks = k_cache.size(0);
-  const auto q = q_THD.stride(2) == 1 ? q_THD : q_THD.contiguous();
-  const auto offsets = cu_seqlens_q.contiguous(), kv_lens = kv_lens_S.contiguous();
-  const auto table = block_table_SW.stride(1) == 1 ? block_table_SW : block_table_SW.contiguous();
+// The problem in tensors that lie as it takes them, their values checked; q_THD's strides are the
+// caller's to set.
+Problem checked_problem(
+    int64_t num_tokens, int64_t num_heads, const at::Tensor& k_cache, const at::Tensor& offsets,
+    const at::Tensor& kv_lens, const at::Tensor& table, double scale, int64_t left, int64_t right,
+    double softcap) {
   Problem p;
+  p.num_seqs = kv_lens.size(0);
   p.offsets = offsets.const_data_ptr<int32_t>();
   p.kv_lens = kv_lens.const_data_ptr<int32_t>();
   p.table = table.const_data_ptr<int32_t>();
@@ -865,21 +950,21 @@ at::Tensor paged_attention(
   p.num_kv_heads = k_cache.size(2);
   p.head_dim = k_cache.size(3);
   p.width = round_up(p.head_dim, 2 * LANES);
-  p.group = q.size(1) / p.num_kv_heads;
-  p.q_stride_t = q.stride(0);
-  p.q_stride_h = q.stride(1);
+  p.group = num_heads / p.num_kv_heads;
+  p.q_stride_t = num_heads * p.head_dim;
+  p.q_stride_h = p.head_dim;
   p.left = left;
   p.right = right;
   p.scale = scale;
   p.softcap = softcap;
 
-  bool splits = p.offsets[0] == 0 && p.offsets[num_seqs] == q.size(0);
-  for (int64_t seq = 0; seq < num_seqs; ++seq) splits &= p.offsets[seq] <= p.offsets[seq + 1];
+  bool splits = p.offsets[0] == 0 && p.offsets[p.num_seqs] == num_tokens;
+  for (int64_t seq = 0; seq < p.num_seqs; ++seq) splits &= p.offsets[seq] <= p.offsets[seq + 1];
   TORCH_CHECK_VALUE(
-      splits, "cu_seqlens_q must start at 0, never decrease and end at the ", q.size(0),
+      splits, "cu_seqlens_q must start at 0, never decrease and end at the ", num_tokens,
       " packed tokens, got ", offsets);
-  const int64_t capacity = table.size(1) * p.block_size;
-  for (int64_t seq = 0; seq < num_seqs; ++seq) {
+  const int64_t capacity = table.size(1) * p.block_size, num_blocks = k_cache.size(0);
+  for (int64_t seq = 0; seq < p.num_seqs; ++seq) {
     TORCH_CHECK_VALUE(
         p.kv_lens[seq] >= 0 && p.kv_lens[seq] <= capacity, "kv_lens[", seq, "] must be from 0 to ",
         capacity, ", what a row of block_table holds, got ", p.kv_lens[seq]);
@@ -889,10 +974,305 @@ at::Tensor paged_attention(
           row[i] >= 0 && row[i] < num_blocks, "block_table[", seq, "] must name blocks from 0 to ",
           num_blocks - 1, ", got ", row[i]);
   }
+  return p;
+}
 
+at::Tensor paged_attention(
+    const at::Tensor& q_THD, const at::Tensor& k_cache, const at::Tensor& v_cache,
+    const at::Tensor& cu_seqlens_q, const at::Tensor& kv_lens_S, const at::Tensor& block_table_SW,
+    double scale, int64_t left, int64_t right, double softcap) {
+  const auto q = q_THD.stride(2) == 1 ? q_THD : q_THD.contiguous();
+  const auto offsets = cu_seqlens_q.contiguous(), kv_lens = kv_lens_S.contiguous();
+  const auto table = block_table_SW.stride(1) == 1 ? block_table_SW : block_table_SW.contiguous();
+  Problem p = checked_problem(
+      q.size(0), q.size(1), k_cache, offsets, kv_lens, table, scale, left, right, softcap);
+  p.q_stride_t = q.stride(0);
+  p.q_stride_h = q.stride(1);
   auto out = at::empty({q.size(0), q.size(1), q.size(2)}, q.options());
   by_dtype(q.scalar_type(), [&](auto zero) {
-    paged_attention_rows<decltype(zero)>(p, q, k_cache, v_cache, out, num_seqs);
+    using T = decltype(zero);
+    Attending<T> attending(
+        p, q.const_data_ptr<T>(), k_cache.const_data_ptr<T>(), v_cache.const_data_ptr<T>(),
+        out.mutable_data_ptr<T>());
+    const int64_t num_items = attending.items.size();
+    const int64_t num_threads = std::min<int64_t>(num_items, at::get_num_threads());
+#pragma omp parallel num_threads(std::max<int64_t>(num_threads, 1)) if (num_threads > 1)
+    attending.attend();
+    attending.merge();
+  });
+  return out;
+}
+
+// --- a layer -------------------------------------------------------------------------------------
+
+// Threads that go through one parallel region and meet in it.
+struct Team {
+  static void relax() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+  }
+
+  alignas(64) std::atomic<int> arrived{0};
+  alignas(64) std::atomic<int> meetings{0};
+
+  static int rank() {
+#ifdef _OPENMP
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+  }
+
+  static int size() {
+#ifdef _OPENMP
+    return omp_get_num_threads();
+#else
+    return 1;
+#endif
+  }
+
+  // Returns once all have come.
+  void meet() {
+    const int now = meetings.load(std::memory_order_acquire);
+    if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == size()) {
+      arrived.store(0, std::memory_order_relaxed);
+      meetings.store(now + 1, std::memory_order_release);
+      return;
+    }
+    for (int64_t i = 0; meetings.load(std::memory_order_acquire) == now; ++i)
+      i < PATIENCE ? relax() : std::this_thread::yield();  // others may need this core to come
+  }
+};
+
+// What one of a team takes of so many things.
+struct Share {
+  int64_t begin, end;
+  explicit Share(int64_t count)
+      : begin(count * Team::rank() / Team::size()), end(count * (Team::rank() + 1) / Team::size()) {}
+};
+
+// silu(gate) * up
+Vec gated(Vec gate, Vec up) { return gate / (Vec(1.0f) + gate.neg().exp()) * up; }
+
+// Float sums [rows, 4] plus x, if any, rounded into `count` columns of rows of `out`.
+template <typename T>
+void write_tile(
+    const float* sums, int64_t rows, int64_t count, const T* x, int64_t stride, T* out) {
+  constexpr int64_t N = Weight<T>::N;
+  alignas(64) T tile[MOST_ROWS * N] = {};
+  auto each_row = [&](auto move) {
+    if (count == N)
+      for (int64_t r = 0; r < rows; ++r) move(r, N * sizeof(T));
+    else
+      for (int64_t r = 0; r < rows; ++r) move(r, count * sizeof(T));
+  };
+  if (x) each_row([&](int64_t r, size_t bytes) { std::memcpy(tile + r * N, x + r * stride, bytes); });
+  for (int64_t i = 0; i < rows * N; i += 2 * LANES) {
+    const auto pair = load_pair(tile + i, 2 * LANES);
+    float added[2 * LANES];
+    (Vec::loadu(sums + i) + pair.low).store(added);
+    (Vec::loadu(sums + i + LANES) + pair.high).store(added + LANES);
+    narrow(added, 2 * LANES, tile + i);
+  }
+  each_row([&](int64_t r, size_t bytes) { std::memcpy(out + r * stride, tile + r * N, bytes); });
+}
+
+// What a layer is, beside the rows it takes.
+struct Layer {
+  at::Tensor norm_E, qkv_FE, qkv_bias_F, q_norm_D, k_norm_D, o_EF, o_bias_E;
+  at::Tensor mlp_norm_E, gate_up_FE, gate_up_bias_F, down_EF, down_bias_E;
+  float eps;
+};
+
+// The layer's output for at most MOST_ROWS rows, in one parallel region.
+template <typename T>
+void layer_rows(
+    const Layer& layer, const Problem& p, Rope<T> rope, const at::Tensor& x_TE, T* k_cache,
+    T* v_cache, at::Tensor& out_TE) {
+  constexpr int64_t N = Weight<T>::N;
+  const Weight<T> qkv(layer.qkv_FE, layer.qkv_bias_F), o(layer.o_EF, layer.o_bias_E);
+  const Weight<T> gate_up(layer.gate_up_FE, layer.gate_up_bias_F), down(layer.down_EF, layer.down_bias_E);
+  const T *norm = layer.norm_E.const_data_ptr<T>(), *mlp_norm = layer.mlp_norm_E.const_data_ptr<T>();
+  const int64_t rows = x_TE.size(0), width = x_TE.size(1), hidden_width = down.depth;
+  const int64_t num_threads = at::get_num_threads();
+  const T* x = x_TE.const_data_ptr<T>();
+  T* out = out_TE.mutable_data_ptr<T>();
+
+  // Rows between the stages; each thread norms all rows for itself.
+  const int64_t row_width = qkv.outputs + 2 * o.depth + width + hidden_width + num_threads * width;
+  auto memory = at::empty({rows * row_width}, x_TE.options());
+  T* qkv_rows = memory.mutable_data_ptr<T>();
+  T* q_rows = qkv_rows + rows * qkv.outputs;
+  T* attended = q_rows + rows * o.depth;
+  T* middle = attended + rows * o.depth;
+  T* hidden = middle + rows * width;
+  T* normed_rows = hidden + rows * hidden_width;
+  rope.qkv = qkv_rows;
+  rope.q = q_rows;
+  Attending<T> attending(p, q_rows, k_cache, v_cache, attended);
+
+  Team team;
+#pragma omp parallel num_threads(num_threads) if (num_threads > 1)
+  {
+    T* normed = normed_rows + Team::rank() * rows * width;
+    auto norm_rows = [&](const T* from, const T* weight) {
+      for (int64_t r = 0; r < rows; ++r)
+        norm_row(from + r * width, weight, layer.eps, width, normed + r * width);
+    };
+    // x and weight's product plus `add`, if any.
+    auto multiply = [&](const T* from, const Weight<T>& weight, const T* add, T* to) {
+      const Share share(weight.num_tiles());
+      for (int64_t n = share.begin * N; n < std::min(share.end * N, weight.outputs); n += N) {
+        const int64_t count = std::min<int64_t>(N, weight.outputs - n);
+        float sums[MOST_ROWS * N];
+        weight.multiply(
+            from, weight.depth, rows, n, count, sums, N, weight.after(n, share.end * N, rows));
+        write_tile(sums, rows, count, add ? add + n : nullptr, weight.outputs, to + n);
+      }
+    };
+
+    norm_rows(x, norm);
+    multiply(normed, qkv, nullptr, qkv_rows);
+    team.meet();
+    const Share tokens(rows);
+    for (int64_t t = tokens.begin; t < tokens.end; ++t) rope.write(t);
+    team.meet();
+    attending.attend();
+    team.meet();
+    if (!attending.merges.empty()) {
+      if (Team::rank() == 0) attending.merge();
+      team.meet();
+    }
+    multiply(attended, o, x, middle);
+    team.meet();
+    norm_rows(middle, mlp_norm);
+    const Share share((hidden_width + N - 1) / N);
+    for (int64_t n = share.begin * N; n < std::min(share.end * N, hidden_width); n += N) {
+      const int64_t count = std::min<int64_t>(N, hidden_width - n);
+      float gate[MOST_ROWS * N], up[MOST_ROWS * N];
+      gate_up.multiply(normed, width, rows, n, count, gate, N, gate_up.after(n, share.end * N, rows));
+      gate_up.multiply(
+          normed, width, rows, hidden_width + n, count, up, N,
+          gate_up.after(hidden_width + n, hidden_width + share.end * N, rows));
+      for (int64_t i = 0; i < rows * N; i += LANES)
+        gated(Vec::loadu(gate + i), Vec::loadu(up + i)).store(gate + i);
+      write_tile<T>(gate, rows, count, nullptr, hidden_width, hidden + n);
+    }
+    team.meet();
+    multiply(hidden, down, middle, out);
+  }
+}
+
+// Rows of x [T, E], each over its root mean square.
+at::Tensor norm_all(const at::Tensor& x_TE, const at::Tensor& weight_E, float eps) {
+  auto out = at::empty_like(x_TE);
+  by_dtype(x_TE.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t size = x_TE.size(1);
+    const T *x = x_TE.const_data_ptr<T>(), *weight = weight_E.const_data_ptr<T>();
+    T* to = out.mutable_data_ptr<T>();
+    at::parallel_for(0, x_TE.size(0), 16, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t)
+        norm_row(x + t * size, weight, eps, size, to + t * size);
+    });
+  });
+  return out;
+}
+
+// silu of the first half of each row times the second.
+at::Tensor gate_all(const at::Tensor& x_TF) {
+  const int64_t half = x_TF.size(1) / 2;
+  auto out = at::empty({x_TF.size(0), half}, x_TF.options());
+  by_dtype(x_TF.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const T* x = x_TF.const_data_ptr<T>();
+    T* to = out.mutable_data_ptr<T>();
+    at::parallel_for(0, x_TF.size(0), 16, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t)
+        for (int64_t i = 0; i < half; i += 2 * LANES) {
+          const int64_t count = std::min(half - i, 2 * LANES);
+          const T* gate = x + t * 2 * half + i;
+          const auto a = load_pair(gate, count), b = load_pair(gate + half, count);
+          float products[2 * LANES];
+          gated(a.low, b.low).store(products);
+          gated(a.high, b.high).store(products + LANES);
+          narrow(products, count, to + t * half + i);
+        }
+    });
+  });
+  return out;
+}
+
+at::Tensor decoder_layer(
+    const at::Tensor& x_TE, const at::Tensor& norm_E, const at::Tensor& qkv_FE,
+    const std::optional<at::Tensor>& qkv_bias_F, const std::optional<at::Tensor>& q_norm_D,
+    const std::optional<at::Tensor>& k_norm_D, const at::Tensor& o_EF,
+    const std::optional<at::Tensor>& o_bias_E, const at::Tensor& mlp_norm_E,
+    const at::Tensor& gate_up_FE, const std::optional<at::Tensor>& gate_up_bias_F,
+    const at::Tensor& down_EF, const std::optional<at::Tensor>& down_bias_E,
+    const at::Tensor& cos_TR, const at::Tensor& sin_TR, at::Tensor k_cache, at::Tensor v_cache,
+    const at::Tensor& slots_T, const at::Tensor& cu_seqlens, const at::Tensor& kv_lens_S,
+    const at::Tensor& block_table_SW, double eps, bool rotates, double scale, int64_t left,
+    int64_t right) {
+  const auto x = x_TE.contiguous();
+  const int64_t rows = x.size(0), width = x.size(1), kv_heads = k_cache.size(2);
+  const int64_t head_dim = k_cache.size(3), heads = qkv_FE.size(0) / head_dim - 2 * kv_heads;
+  const int64_t hidden_width = down_EF.size(1);
+  auto checked = [&](const char* name, const std::optional<at::Tensor>& tensor, at::IntArrayRef sizes) {
+    if (!tensor.has_value()) return at::Tensor();
+    TORCH_CHECK_VALUE(
+        tensor->sizes() == sizes && tensor->scalar_type() == x.scalar_type() && tensor->is_contiguous(),
+        name, " must be contiguous ", sizes, " of ", x.scalar_type(), ", got ", tensor->sizes(), " of ",
+        tensor->scalar_type());
+    return *tensor;
+  };
+  const Layer layer{
+      checked("norm", norm_E, {width}),
+      checked("qkv", qkv_FE, {(heads + 2 * kv_heads) * head_dim, width}),
+      checked("qkv_bias", qkv_bias_F, {(heads + 2 * kv_heads) * head_dim}),
+      checked("q_norm", q_norm_D, {head_dim}),
+      checked("k_norm", k_norm_D, {head_dim}),
+      checked("o", o_EF, {width, heads * head_dim}),
+      checked("o_bias", o_bias_E, {width}),
+      checked("mlp_norm", mlp_norm_E, {width}),
+      checked("gate_up", gate_up_FE, {2 * hidden_width, width}),
+      checked("gate_up_bias", gate_up_bias_F, {2 * hidden_width}),
+      checked("down", down_EF, {width, hidden_width}),
+      checked("down_bias", down_bias_E, {width}),
+      float(eps)};
+  const auto slots = slots_T.contiguous();
+  const auto offsets = cu_seqlens.contiguous(), kv_lens = kv_lens_S.contiguous();
+  const auto table = block_table_SW.stride(1) == 1 ? block_table_SW : block_table_SW.contiguous();
+  const Problem p = checked_problem(
+      rows, heads, k_cache, offsets, kv_lens, table, scale, left, right, 0.0);
+  auto out = at::empty_like(x);
+  by_dtype(x.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const bool has_norms = layer.q_norm_D.defined() && layer.k_norm_D.defined();
+    const int64_t half = cos_TR.size(1), row = (heads + 2 * kv_heads) * head_dim;
+    T *k = k_cache.mutable_data_ptr<T>(), *v = v_cache.mutable_data_ptr<T>();
+    Rope<T> rope{
+        nullptr, row, head_dim, heads, kv_heads, head_dim, cos_TR.const_data_ptr<float>(),
+        sin_TR.const_data_ptr<float>(), rotates ? half : 0, half, checked_slots(slots, k_cache),
+        nullptr, k, v, has_norms ? layer.q_norm_D.const_data_ptr<T>() : nullptr,
+        has_norms ? layer.k_norm_D.const_data_ptr<T>() : nullptr, layer.eps};
+    if (rows <= MOST_ROWS) return layer_rows(layer, p, rope, x, k, v, out);
+
+    const auto normed = norm_all(x, layer.norm_E, layer.eps);
+    const at::Tensor qkv = any_linear(normed, qkv_FE, qkv_bias_F);
+    const at::Tensor q = at::empty({rows, heads, head_dim}, x.options());
+    rope.qkv = qkv.const_data_ptr<T>();
+    rope.q = q.mutable_data_ptr<T>();
+    at::parallel_for(0, rows, 64, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) rope.write(t);
+    });
+    const auto attended = paged_attention(
+        q, k_cache, v_cache, offsets, kv_lens, table, scale, left, right, 0.0);
+    const at::Tensor middle = at::add(x, any_linear(attended.flatten(1), o_EF, o_bias_E));
+    const auto normed_middle = norm_all(middle, layer.mlp_norm_E, layer.eps);
+    const at::Tensor hidden = gate_all(any_linear(normed_middle, gate_up_FE, gate_up_bias_F));
+    out = at::add(middle, any_linear(hidden, down_EF, down_bias_E));
   });
   return out;
 }
@@ -912,6 +1292,14 @@ TORCH_LIBRARY_FRAGMENT(minigen, m) {
       "Tensor(b!) v_cache_NBKD, Tensor slots_T, bool rotates) -> Tensor",
       {at::Tag::pt2_compliant_tag});
   m.def(
+      "native_decoder_layer(Tensor x_TE, Tensor norm_E, Tensor qkv_FE, Tensor? qkv_bias_F, "
+      "Tensor? q_norm_D, Tensor? k_norm_D, Tensor o_EF, Tensor? o_bias_E, Tensor mlp_norm_E, "
+      "Tensor gate_up_FE, Tensor? gate_up_bias_F, Tensor down_EF, Tensor? down_bias_E, "
+      "Tensor cos_TR, Tensor sin_TR, Tensor(a!) k_cache_NBKD, Tensor(b!) v_cache_NBKD, "
+      "Tensor slots_T, Tensor cu_seqlens_S1, Tensor kv_lens_S, Tensor block_table_SW, float eps, "
+      "bool rotates, float scale, int left, int right) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
       "native_paged_attention(Tensor q_THD, Tensor k_cache_NBKD, Tensor v_cache_NBKD, "
       "Tensor cu_seqlens_q, Tensor kv_lens_S, Tensor block_table_SW, float scale, int left, "
       "int right, float softcap) -> Tensor",
@@ -919,8 +1307,9 @@ TORCH_LIBRARY_FRAGMENT(minigen, m) {
 }
 
 TORCH_LIBRARY_IMPL(minigen, CPU, m) {
-  m.impl("native_linear", linear);
+  m.impl("native_linear", any_linear);
   m.impl("native_kv_cache_write", kv_cache_write);
   m.impl("native_rope_cache_write", rope_cache_write);
   m.impl("native_paged_attention", paged_attention);
+  m.impl("native_decoder_layer", decoder_layer);
 }

@@ -7,6 +7,7 @@ to torch.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +39,7 @@ def load() -> None:
         torch.library.register_fake("minigen::native_kv_cache_write", _fake_kv_cache_write)
         torch.library.register_fake("minigen::native_rope_cache_write", _fake_rope_cache_write)
         torch.library.register_fake("minigen::native_paged_attention", _fake_paged_attention)
+        torch.library.register_fake("minigen::native_decoder_layer", _fake_decoder_layer)
         _State.registered = True
     _State.serving = True
 
@@ -95,3 +97,7 @@ def _fake_paged_attention(
 ) -> Tensor:
     check_paged(q_THD, k_cache_NBKD, v_cache_NBKD, cu_seqlens_q, kv_lens_S, block_table_SW, softcap)
     return torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
+
+
+def _fake_decoder_layer(x_TE: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(x_TE, memory_format=torch.contiguous_format)

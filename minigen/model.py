@@ -24,8 +24,11 @@ from torch import Tensor, nn
 from torch.nested._internal.nested_tensor import nested_view_from_values_offsets
 
 from minigen.kernels import (
+    LayerWeights,
+    decoder_layer,
     kv_cache_write,
     linear,
+    native,
     paged_attention,
     rope_cache_write,
     varlen_attention,
@@ -632,8 +635,39 @@ class Block(nn.Module):
         self.dropout = 0.0  # of what attention and MLP add; only while training
 
     def forward(self, x_SjE: Tensor, cos_TR: Tensor, sin_TR: Tensor, kv: LayerKV | None) -> Tensor:
+        if kv is not None and self._is_one_operation(x_SjE):
+            return self._in_one_operation(x_SjE, cos_TR, sin_TR, kv)
         x_SjE, out_SjE = self.summands(x_SjE, cos_TR, sin_TR, kv)
         return x_SjE + out_SjE
+
+    def _is_one_operation(self, x_SjE: Tensor) -> bool:
+        """Whether `decoder_layer` serves, and does what this layer is."""
+        config, weight = self.attention.config, self.mlp.down_proj.weight
+        plain = config.activation == "silu" and not (
+            config.post_norms or config.norm_offset or config.attention_softcap or self.training
+        )
+        return plain and native.serves(x_SjE.values(), weight) and x_SjE.dtype == weight.dtype
+
+    def _in_one_operation(
+        self, x_SjE: Tensor, cos_TR: Tensor, sin_TR: Tensor, kv: LayerKV
+    ) -> Tensor:
+        attention, mlp, config = self.attention, self.mlp, self.attention.config
+        weights = LayerWeights(
+            self.input_norm.weight, attention.qkv_proj.weight, attention.qkv_proj.bias,
+            attention.q_norm.weight if config.qk_norm else None,
+            attention.k_norm.weight if config.qk_norm else None,
+            attention.o_proj.weight, attention.o_proj.bias, self.mlp_norm.weight,
+            mlp.gate_up_proj.weight, mlp.gate_up_proj.bias, mlp.down_proj.weight,
+            mlp.down_proj.bias,
+        )  # fmt: skip
+        offsets = offsets_of(x_SjE)
+        x_TE = decoder_layer(
+            x_SjE.values(), weights, cos_TR, sin_TR, kv.k_cache_NBKD, kv.v_cache_NBKD, kv.slots_T,
+            offsets, kv.kv_lens_S, kv.block_table_SW, eps=config.rms_norm_eps,
+            rotates=attention.rotates, scale=config.attention_scale,
+            window_size=attention.window_size,
+        )  # fmt: skip
+        return jagged(x_TE, offsets)
 
     def summands(
         self, x_SjE: Tensor, cos_TR: Tensor, sin_TR: Tensor, kv: LayerKV | None

@@ -376,7 +376,7 @@ class Runner:
         if mode is not None or self.device.type != "cpu":  # a GPU's steps are seldom called
             return torch.compile(function, fullgraph=True, mode=mode)
         # A dict for each: `torch.compile` takes the filter out of it.
-        options: dict[str, Any] = {"guard_filter_fn": guards_beside_model}
+        options: dict[str, Any] = {"guard_filter_fn": guards_beside_model, "size_asserts": False}
         return torch.compile(with_own_code(function), fullgraph=True, options=options)
 
     @property
