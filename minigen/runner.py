@@ -556,7 +556,7 @@ class Runner:
             step, sampling, hidden_TE = self._replay(size, chunks, batch, HIDDEN)
             # There is room for more rows. Of as many as a captured decode step has, so that the
             # matrix product runs a kernel that is loaded: for other numbers cuBLAS has others, and
-            # to load one took 10 ms in the midst of serving.
+            # to load one while serving is what steps of 10 ms more are put down to.
             num_rows = self._graphs.rows_for(num_rows)
             step = replace(step, last_R=step.last_R[:num_rows], rows_R=step.rows_R[:num_rows])
             return step, sampling.first(num_rows), hidden_TE
