@@ -26,7 +26,7 @@ from minigen.kernels.gluon_import import (
     hopper,
     program_barrier,
 )
-from minigen.kernels.tiles import on_device_of
+from minigen.kernels.tiles import fits_descriptor, on_device_of
 from minigen.kernels.triton_import import triton
 from minigen.kernels.varlen_attention_gluon import runs_gluon
 
@@ -81,16 +81,12 @@ class LinearSizes:
 
 
 def fits_tiles(x_TE: Tensor, weight_GE: Tensor) -> bool:
-    """Whether the kernel can run on these: rows are multiples of 16 bytes that begin at multiples
-    of 16 bytes, as descriptors want them."""
+    """Whether the kernel can run on these."""
     return (
         runs_gluon(x_TE.device)
         and x_TE.dtype in (torch.float16, torch.bfloat16)
-        and x_TE.stride(1) == 1
-        and all(
-            x.numel() > 0 and x.data_ptr() % 16 == 0 and x.stride(0) % 8 == 0 and x.stride(0) > 0
-            for x in (x_TE, weight_GE)
-        )
+        and fits_descriptor(x_TE)
+        and fits_descriptor(weight_GE)
     )
 
 
@@ -104,18 +100,16 @@ def choose_rows_tile(num_rows: int, is_gated: bool, parts: int) -> GluonLinearTi
     if is_gated:
         if num_rows <= 64:
             return GluonLinearTile(64, 32, 128, 6, 8)
-        return (
-            GluonLinearTile(64, 64, 128, 4, 4)
-            if num_rows <= 128
-            else GluonLinearTile(64, 128, 64, 6, 5)
-        )
-    if parts > 0 or num_rows <= 64:
-        return GluonLinearTile(64, 64, 128, 6, 6 if parts else 8)
-    return (
-        GluonLinearTile(64, 128, 64, 6, 8)
-        if num_rows <= 192
-        else GluonLinearTile(128, 64, 128, 3, 4)
-    )
+        if num_rows <= 128:
+            return GluonLinearTile(64, 64, 128, 4, 4)
+        return GluonLinearTile(64, 128, 64, 6, 5)
+    if parts > 0:
+        return GluonLinearTile(64, 64, 128, 6, 6)
+    if num_rows <= 64:
+        return GluonLinearTile(64, 64, 128, 6, 8)
+    if num_rows <= 192:
+        return GluonLinearTile(64, 128, 64, 6, 8)
+    return GluonLinearTile(128, 64, 128, 3, 4)
 
 
 def choose_parts(num_rows: int, num_inputs: int, num_outputs: int) -> int:

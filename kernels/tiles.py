@@ -125,6 +125,14 @@ def has_bulk_copies(capability: tuple[int, int]) -> bool:
     return capability[0] == 9 and torch.version.hip is None
 
 
+def fits_descriptor(x: Tensor) -> bool:
+    """Whether the copy engine can read x, of 16 bits an element: rows without gaps that begin at
+    multiples of 16 bytes, and at one another's distance."""
+    *strides, last = x.stride()
+    aligned = x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in strides)
+    return x.numel() > 0 and aligned and last == 1 and strides[0] > 0  # an expanded tensor's is 0
+
+
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be the tensor's."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

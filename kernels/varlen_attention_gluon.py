@@ -32,6 +32,7 @@ from minigen.kernels.gluon_import import (
 from minigen.kernels.tiles import (
     HOPPER_SHARED_BYTES,
     LOG2_E,
+    fits_descriptor,
     key_range,
     on_device_of,
     positive_scale,
@@ -114,8 +115,7 @@ def runs_gluon(device: torch.device) -> bool:
 def fits_gluon(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, softcap: float) -> bool:
     """Whether these kernels can run on these tensors, all of which they were tried with.
 
-    Keys and values of all heads must be one row, as a descriptor of two dimensions wants them; rows
-    are multiples of 16 bytes that begin at multiples of 16 bytes.
+    Keys and values of all heads must be one row, as a descriptor of two dimensions wants them.
     """
     head_dim = q_THD.shape[2]
     return (
@@ -124,15 +124,7 @@ def fits_gluon(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, softcap: float) -> b
         and head_dim in (64, 128)
         and q_THD.shape[1] // k_TKD.shape[1] in GROUPS
         and softcap == 0
-        and all(
-            x.numel() > 0
-            and x.data_ptr() % 16 == 0
-            and x.stride(2) == 1
-            and x.stride(1) % 8 == 0
-            and x.stride(0) % 8 == 0
-            and x.stride(0) > 0  # an expanded tensor's is 0
-            for x in (q_THD, k_TKD, v_TKD)
-        )
+        and all(fits_descriptor(x) for x in (q_THD, k_TKD, v_TKD))
         and all(x.stride(1) == head_dim or x.shape[1] == 1 for x in (k_TKD, v_TKD))
     )
 

@@ -6,6 +6,7 @@ block, R rotated part of D.
 
 import dataclasses
 import os
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -293,6 +294,19 @@ def test_registered_few_rows_linear_passes_opcheck() -> None:
     torch.library.opcheck(torch.ops.minigen.few_rows_linear.default, (*problem, False))
 
 
+def assert_early_replays_give_the_same(chain: Callable[[bool], Tensor], x_TE: Tensor) -> None:
+    """`chain` of x, launched early and captured as a step is, and launched one after the other."""
+    chain(True)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured_TE = chain(True)
+    for _ in range(20):
+        x_TE.normal_()
+        graph.replay()
+        assert torch.equal(captured_TE, chain(False))
+
+
 def fits_tiles_here() -> bool:
     one_TE = torch.zeros(1, 8, dtype=torch.bfloat16, device=DEVICE)
     return not INTERPRETED and torch.cuda.is_available() and fits_tiles(one_TE, one_TE)
@@ -377,15 +391,7 @@ def test_registered_tile_linear_starts_early_with_the_same_result(num_rows: int)
             part_PTE = tile_linear(hidden, down, parts=parts, pdl=pdl)
         return sum_norm(y_TE, part_PTE, norm_weight_E, 1e-6, pdl=pdl)[1]
 
-    chain(True)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured_TE = chain(True)
-    for _ in range(20):
-        x_TE.normal_()
-        graph.replay()
-        assert torch.equal(captured_TE, chain(False))
+    assert_early_replays_give_the_same(chain, x_TE)
 
 
 @pytest.mark.parametrize("num_rows", [2, 8, 16])
@@ -410,12 +416,4 @@ def test_registered_few_rows_linear_starts_early_with_the_same_result(num_rows: 
             y_TE = few_rows_linear_triton(hidden, down, None, y_TE, pdl=pdl)
         return y_TE
 
-    chain(True)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured_TE = chain(True)
-    for _ in range(20):
-        x_TE.normal_()
-        graph.replay()
-        assert torch.equal(captured_TE, chain(False))
+    assert_early_replays_give_the_same(chain, x_TE)
