@@ -192,9 +192,18 @@ def check_rope_cache_write(
     slots_T: Tensor,
 ) -> None:
     """Raises ValueError unless shapes, dtypes and devices agree. X heads: queries, keys, values."""
-    _require(qkv_TXD, "qkv", 3, _float_dtypes(qkv_TXD.device))
-    _check_caches(k_cache_NBKD, v_cache_NBKD, qkv_TXD.dtype)
-    num_tokens, num_heads, head_dim = qkv_TXD.shape
+    if qkv_TXD.dim() == 4:
+        _require(qkv_TXD, "qkv in parts", 4, (torch.float32,))
+        if qkv_TXD.shape[0] < 1 or not qkv_TXD.is_contiguous():
+            raise ValueError(
+                "qkv in parts must be contiguous and have at least one, got shape "
+                f"{tuple(qkv_TXD.shape)} and strides {qkv_TXD.stride()}"
+            )
+        _check_caches(k_cache_NBKD, v_cache_NBKD, k_cache_NBKD.dtype)
+    else:
+        _require(qkv_TXD, "qkv", 3, _float_dtypes(qkv_TXD.device))
+        _check_caches(k_cache_NBKD, v_cache_NBKD, qkv_TXD.dtype)
+    num_tokens, num_heads, head_dim = qkv_TXD.shape[-3:]
     num_kv_heads = k_cache_NBKD.shape[2]
     num_q_heads = num_heads - 2 * num_kv_heads
     if num_kv_heads < 1 or num_q_heads < 1 or num_q_heads % num_kv_heads:

@@ -6,7 +6,8 @@ cache. As separate operations it takes six kernels of Inductor's and `kv_cache_w
 1,393 us of a captured decode step of one sequence (Qwen3-0.6B, 28 layers, H200).
 
 Shapes: T packed tokens, H query heads, K key/value heads, X = H + 2K heads of the projection, D
-head dim, R rotated part of D, P rows of the rope tables, N cache blocks, B tokens a block.
+head dim, R rotated part of D, P rows of the rope tables, N cache blocks, B tokens a block, S parts
+that a linear layer was divided in.
 """
 
 import functools
@@ -61,14 +62,16 @@ def rope_cache_write(
 
     Args:
         qkv_TXD: queries, keys and values of each token, heads in this order; float16, bfloat16 or
-            float32 (on the CPU also float64). A view into wider rows will do.
+            float32 (on the CPU also float64). A view into wider rows will do. Or contiguous
+            float32 parts [S, T, X, D] that add up to it, as `tile_linear` leaves them: their sum is
+            not rounded before the norm.
         q_weight_D, k_weight_D: weights of the RMS norms over a head (arXiv 1910.07467), both or
             neither; `eps` is theirs.
         cos_PR, sin_PR: contiguous float32 tables [P, R / 2] (RoPE, arXiv 2104.09864; entry i of a
             head is paired with i + R / 2). R < D leaves the rest of a head as it is.
         positions_T: int64 rows of the tables; None: token t's is row t.
-        k_cache_NBKD, v_cache_NBKD: contiguous caches of the dtype of qkv, changed in place; they
-            say how many heads are keys.
+        k_cache_NBKD, v_cache_NBKD: contiguous caches of the dtype of qkv (beside parts of any),
+            changed in place; they say how many heads are keys.
         slots_T: int64, block * B + row; -1 skips the token, no other value may occur twice.
         rotates: False leaves out the rotation (layers without rope).
         pdl: start while the kernel before still runs, where the GPU can (sm_90
@@ -76,14 +79,15 @@ def rope_cache_write(
             `dependent_launch`.
 
     Returns:
-        q_THD, contiguous, dtype of qkv.
+        q_THD, contiguous, dtype of the caches.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit; on the CPU also a slot outside the
             cache or a position outside the tables. A GPU leaves such a slot out, and gives NaN for
             such a position, for reading them would wait for it.
     """
-    if q_weight_D is None and k_weight_D is None and positions_T is None and native.serves(qkv_TXD):
+    is_plain = q_weight_D is None and k_weight_D is None and positions_T is None
+    if is_plain and qkv_TXD.dim() == 3 and native.serves(qkv_TXD):
         caches = k_cache_NBKD, v_cache_NBKD, slots_T
         if not torch.compiler.is_dynamo_compiling():  # traced, the operator's fake checks
             check_rope_cache_write(qkv_TXD, None, None, cos_PR, sin_PR, None, *caches)
@@ -124,6 +128,8 @@ def _cpu(
     tables = cos_PR, sin_PR, positions_T
     caches = k_cache_NBKD, v_cache_NBKD, slots_T
     check_rope_cache_write(qkv_TXD, q_weight_D, k_weight_D, *tables, *caches)
+    if qkv_TXD.dim() == 4:
+        qkv_TXD = qkv_TXD.sum(0)
     num_kv_heads = k_cache_NBKD.shape[2]
     slots = read_slots(slots_T, k_cache_NBKD.shape[0] * k_cache_NBKD.shape[1])
     heads = qkv_TXD.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads
@@ -135,6 +141,7 @@ def _cpu(
             read_positions(positions_T, cos_PR.shape[0])
             cos_PR, sin_PR = cos_PR[positions_T], sin_PR[positions_T]
         q_THD, k_TKD = _rotated(q_THD, cos_PR, sin_PR), _rotated(k_TKD, cos_PR, sin_PR)
+    q_THD, k_TKD, v_TKD = (x.to(k_cache_NBKD.dtype) for x in (q_THD, k_TKD, v_TKD))
     if -1 in slots:
         kept_T = slots_T >= 0
         k_TKD, v_TKD, slots_T = k_TKD[kept_T], v_TKD[kept_T], slots_T[kept_T]
@@ -169,8 +176,12 @@ def _fake(
     tables = cos_PR, sin_PR, positions_T
     caches = k_cache_NBKD, v_cache_NBKD, slots_T
     check_rope_cache_write(qkv_TXD, q_weight_D, k_weight_D, *tables, *caches)
-    num_tokens, num_heads, head_dim = qkv_TXD.shape
-    return qkv_TXD.new_empty(num_tokens, num_heads - 2 * k_cache_NBKD.shape[2], head_dim)
+    return _empty_queries(qkv_TXD, k_cache_NBKD)
+
+
+def _empty_queries(qkv_TXD: Tensor, k_cache_NBKD: Tensor) -> Tensor:
+    num_tokens, num_heads, head_dim = qkv_TXD.shape[-3:]
+    return k_cache_NBKD.new_empty(num_tokens, num_heads - 2 * k_cache_NBKD.shape[2], head_dim)
 
 
 @_cpu.register_kernel("cuda")
@@ -215,12 +226,11 @@ def rope_cache_write_triton(
 
     `pdl` needs a GPU of sm_90 or later.
     """
-    num_tokens, num_heads, head_dim = qkv_TXD.shape
-    num_blocks, block_size, num_kv_heads, _ = k_cache_NBKD.shape
-    if qkv_TXD.stride(2) != 1 or qkv_TXD.stride(1) != head_dim:
+    num_blocks, block_size, num_kv_heads, head_dim = k_cache_NBKD.shape
+    if qkv_TXD.stride(-1) != 1 or qkv_TXD.stride(-2) != head_dim:
         qkv_TXD = qkv_TXD.contiguous()
-    num_q_heads = num_heads - 2 * num_kv_heads
-    q_THD = qkv_TXD.new_empty(num_tokens, num_q_heads, head_dim)
+    q_THD = _empty_queries(qkv_TXD, k_cache_NBKD)
+    num_tokens, num_q_heads, _ = q_THD.shape
     if num_tokens == 0:
         return q_THD
     constants = rope_constants(num_q_heads, num_kv_heads, head_dim, cos_PR.shape[1], rotates)
@@ -238,12 +248,14 @@ def rope_cache_write_triton(
             k_cache_NBKD,
             v_cache_NBKD,
             cos_PR.shape[0],
+            num_tokens,
             num_blocks * block_size,
-            qkv_TXD.stride(0),
+            qkv_TXD.stride(-3),
             0 if positions_T is None else positions_T.stride(0),
             slots_T.stride(0),
             eps,
             **constants,
+            PARTS=qkv_TXD.shape[0] if qkv_TXD.dim() == 4 else 0,
             HAS_NORM=q_weight_D is not None,
             HAS_POSITIONS=positions_T is not None,
             **launch_options(pdl),
@@ -280,18 +292,23 @@ def rope_constants(
 
 
 @triton.jit
-def load_part(row_ptr, head_H, NUM_HEADS, HEAD_DIM: tl.constexpr, START: tl.constexpr,
-              SIZE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def load_entries(row_ptr, part_stride, head_H, NUM_HEADS, HEAD_DIM: tl.constexpr,
+                 START: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+                 PARTS: tl.constexpr):  # fmt: skip
     """Entries START to START + SIZE of some heads, and which of the tile these are."""
     dim_D = tl.arange(0, BLOCK)
     inside_HD = (head_H < NUM_HEADS)[:, None] & (dim_D < SIZE)[None, :]
     offset_HD = head_H[:, None] * HEAD_DIM + (START + dim_D)[None, :]
-    return tl.load(row_ptr + offset_HD, mask=inside_HD, other=0.0), offset_HD, inside_HD
+    x_HD = tl.load(row_ptr + offset_HD, mask=inside_HD, other=0.0)
+    for part in tl.static_range(1, PARTS):  # pyright: ignore[reportGeneralTypeIssues]
+        x_HD += tl.load(row_ptr + part * part_stride + offset_HD, mask=inside_HD, other=0.0)
+    return x_HD, offset_HD, inside_HD
 
 
 @triton.jit
 def norm_and_rotate(
     in_ptr,
+    part_stride,
     out_ptr,
     weight_ptr,
     cos_ptr,
@@ -306,6 +323,7 @@ def norm_and_rotate(
     BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr,
     HAS_NORM: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     """Some heads of one token, from their row of the projection to their row of the output."""
     dtype = out_ptr.dtype.element_ty
@@ -313,11 +331,11 @@ def norm_and_rotate(
     if HALF > 0:
         dim_R = tl.arange(0, BLOCK_HALF)
         in_half_R = dim_R < HALF
-        a_HR, offset_a_HR, inside_HR = load_part(
-            in_ptr, head_H, NUM_HEADS, HEAD_DIM, 0, HALF, BLOCK_HALF
+        a_HR, offset_a_HR, inside_HR = load_entries(
+            in_ptr, part_stride, head_H, NUM_HEADS, HEAD_DIM, 0, HALF, BLOCK_HALF, PARTS
         )
-        b_HR, offset_b_HR, _ = load_part(
-            in_ptr, head_H, NUM_HEADS, HEAD_DIM, HALF, HALF, BLOCK_HALF
+        b_HR, offset_b_HR, _ = load_entries(
+            in_ptr, part_stride, head_H, NUM_HEADS, HEAD_DIM, HALF, HALF, BLOCK_HALF, PARTS
         )
         a_HR, b_HR = a_HR.to(tl.float32), b_HR.to(tl.float32)
         in_table_R = in_half_R & (position >= 0) & (position < num_positions)
@@ -325,8 +343,8 @@ def norm_and_rotate(
         sin_R = tl.load(sin_ptr + position * HALF + dim_R, mask=in_table_R, other=float("nan"))
     if REST > 0:
         dim_Z = tl.arange(0, BLOCK_REST)
-        rest_HZ, offset_rest_HZ, inside_HZ = load_part(
-            in_ptr, head_H, NUM_HEADS, HEAD_DIM, 2 * HALF, REST, BLOCK_REST
+        rest_HZ, offset_rest_HZ, inside_HZ = load_entries(
+            in_ptr, part_stride, head_H, NUM_HEADS, HEAD_DIM, 2 * HALF, REST, BLOCK_REST, PARTS
         )
     if HAS_NORM:
         square_H = tl.zeros_like(head_H).to(tl.float32)
@@ -351,10 +369,10 @@ def norm_and_rotate(
         tl.store(out_ptr + offset_a_HR, turned_a_HR.to(dtype), mask=inside_HR)
         tl.store(out_ptr + offset_b_HR, turned_b_HR.to(dtype), mask=inside_HR)
     if REST > 0:
-        tl.store(out_ptr + offset_rest_HZ, rest_HZ, mask=inside_HZ)
+        tl.store(out_ptr + offset_rest_HZ, rest_HZ.to(dtype), mask=inside_HZ)
 
 
-@triton.jit(do_not_specialize=["num_positions", "num_slots"])
+@triton.jit(do_not_specialize=["num_positions", "num_tokens", "num_slots"])
 def rope_cache_write_kernel(
     qkv_ptr,
     q_weight_ptr,
@@ -367,6 +385,7 @@ def rope_cache_write_kernel(
     k_cache_ptr,
     v_cache_ptr,
     num_positions,
+    num_tokens,
     num_slots,
     qkv_stride_t,
     positions_stride,
@@ -382,6 +401,7 @@ def rope_cache_write_kernel(
     BLOCK_DIM: tl.constexpr,
     NUM_Q_GROUPS: tl.constexpr,
     NUM_KV_GROUPS: tl.constexpr,
+    PARTS: tl.constexpr,
     HAS_NORM: tl.constexpr,
     HAS_POSITIONS: tl.constexpr,
     PDL: tl.constexpr,
@@ -397,10 +417,12 @@ def rope_cache_write_kernel(
     if PDL:
         wait_for_predecessor()
     row_ptr = qkv_ptr + token * qkv_stride_t
+    part_stride = num_tokens * qkv_stride_t
     head_H = tl.arange(0, BLOCK_HEADS)
     if group < NUM_Q_GROUPS:
         norm_and_rotate(
             row_ptr,
+            part_stride,
             q_ptr + token * (NUM_Q_HEADS * HEAD_DIM),
             q_weight_ptr,
             cos_ptr,
@@ -415,6 +437,7 @@ def rope_cache_write_kernel(
             BLOCK_HALF,
             BLOCK_REST,
             HAS_NORM,
+            PARTS,
         )
     elif (slot >= 0) & (slot < num_slots):
         # In 64 bits: a cache may hold more than 2**31 elements.
@@ -422,6 +445,7 @@ def rope_cache_write_kernel(
         if group < NUM_Q_GROUPS + NUM_KV_GROUPS:
             norm_and_rotate(
                 row_ptr + NUM_Q_HEADS * HEAD_DIM,
+                part_stride,
                 k_cache_ptr + cache_row,
                 k_weight_ptr,
                 cos_ptr,
@@ -436,15 +460,19 @@ def rope_cache_write_kernel(
                 BLOCK_HALF,
                 BLOCK_REST,
                 HAS_NORM,
+                PARTS,
             )
         else:
-            v_HD, offset_HD, inside_HD = load_part(
+            v_HD, offset_HD, inside_HD = load_entries(
                 row_ptr + (NUM_Q_HEADS + NUM_KV_HEADS) * HEAD_DIM,
+                part_stride,
                 (group - NUM_Q_GROUPS - NUM_KV_GROUPS) * BLOCK_HEADS + head_H,
                 NUM_KV_HEADS,
                 HEAD_DIM,
                 0,
                 HEAD_DIM,
                 BLOCK_DIM,
+                PARTS,
             )
+            v_HD = v_HD.to(v_cache_ptr.dtype.element_ty)
             tl.store(v_cache_ptr + cache_row + offset_HD, v_HD, mask=inside_HD)

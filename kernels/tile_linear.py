@@ -119,7 +119,8 @@ def tile_linear_gluon(
     out = _empty(x_TE, weight_GE, activation, parts)
     if out.numel() > 0:
         if tile is None:
-            tile = choose_rows_tile(x_TE.shape[0], activation != "", parts)
+            num_rows, num_inputs = x_TE.shape
+            tile = choose_rows_tile(num_rows, num_inputs, out.shape[-1], activation != "", parts)
         launch_tile_linear(x_TE, weight_GE, bias_G, out, activation, pdl, tile)
     return out
 

@@ -6,6 +6,13 @@ A decode step of some rows is a chain of short kernels. One of these, launched e
 holds; when the kernel before has ended, only the rows are left to come. cuBLAS's kernels begin when
 the one before has ended, and end 3 to 5 us after the memory could have brought all they read.
 
+Weights are the first factor of a tensor core's product, which takes 64 rows of it at a time, and
+rows of x the second, which takes any multiple of 8: eight rows take 2 KB a chunk beside 16 KB of
+weights, so that two programs share a multiprocessor, and one keeps the memory busy while the other
+begins or ends. (With rows of x first, padded to 64, a layer of Llama-3.1-8B but for rope and
+attention took 170 us at 8 rows and 147 at 32 in place of 115 and 119, one of Qwen3-0.6B 18.2 in
+place of 15.5 at 8 and as long at 64; H200.)
+
 Shapes: T rows, E inputs, F outputs, P parts of the inputs, G rows of the weight (F, or 2F: gates
 first, then what they are multiplied by).
 """
@@ -26,14 +33,23 @@ from minigen.kernels.gluon_import import (
     hopper,
     program_barrier,
 )
-from minigen.kernels.tiles import fits_descriptor, on_device_of
+from minigen.kernels.tiles import fits_descriptor, on_device_of, power_of_two
 from minigen.kernels.triton_import import triton
 from minigen.kernels.varlen_attention_gluon import runs_gluon
+
+MULTIPROCESSORS = 132
+# Of shared memory for a program alone on a multiprocessor, and for one of two.
+ALL_BYTES, HALF_BYTES = 213 * 1024, 108 * 1024
+MOST_CHUNKS = 12
 
 
 class GluonLinearTile(NamedTuple):
     """Rows and outputs of a program, inputs of a chunk, the most chunks of rows and of weights that
-    it holds at once: two of each at least."""
+    it holds at once: two of each at least.
+
+    A tensor core takes 64 rows of weights at a time, so that `block_f` is a multiple of that, or of
+    32 where gates and what they are multiplied by lie one below the other.
+    """
 
     block_t: int
     block_f: int
@@ -58,8 +74,13 @@ class LinearSizes:
     activation: str
 
     @property
+    def block_g(self) -> int:
+        """Rows of weights in a tile."""
+        return self.block_f * (2 if self.activation else 1)
+
+    @property
     def num_warps(self) -> int:
-        return self.block_t // 16
+        return self.block_g // 16
 
     @property
     def x_bytes(self) -> int:
@@ -67,12 +88,11 @@ class LinearSizes:
 
     @property
     def weight_bytes(self) -> int:
-        return self.block_f * self.block_e * 2
+        return self.block_g * self.block_e * 2
 
     @property
     def shared_bytes(self) -> int:
-        weights = self.weight_stages * self.weight_bytes * (2 if self.activation else 1)
-        return weights + self.x_stages * self.x_bytes
+        return self.weight_stages * self.weight_bytes + self.x_stages * self.x_bytes
 
     @property
     def resident(self) -> bool:
@@ -90,39 +110,53 @@ def fits_tiles(x_TE: Tensor, weight_GE: Tensor) -> bool:
     )
 
 
-def choose_rows_tile(num_rows: int, is_gated: bool, parts: int) -> GluonLinearTile:
-    """The best, or within 5 % of it, of the 13 to 18 tiles that were timed for each of Qwen3-0.6B's
-    four layers at 16, 32, 64, 96, 128, 192 and 256 rows (H200).
+def choose_rows_tile(
+    num_rows: int, num_inputs: int, num_outputs: int, is_gated: bool, parts: int
+) -> GluonLinearTile:
+    """64 rows of weights by up to 128 of x, in chunks of 128 inputs, as many of them at once as let
+    two programs share a multiprocessor; where there is one for each at most, as many as fit it.
 
-    A tile of 128 rows reads the weights half as often as two of 64, but has half of the programs,
-    and more than what one multiprocessor can read of the L2 is what holds most tiles back.
+    Of what was timed for the four layers of Qwen3-0.6B and of Llama-3.1-8B (H200). The 448 programs
+    of the larger model's gate and up take 59.7 us at 8 rows where two share a multiprocessor, and
+    77 at 32 rows where one fills it; where three share it, a layer takes 129 us in place of 124.
     """
-    if is_gated:
-        if num_rows <= 64:
-            return GluonLinearTile(64, 32, 128, 6, 8)
-        if num_rows <= 128:
-            return GluonLinearTile(64, 64, 128, 4, 4)
-        return GluonLinearTile(64, 128, 64, 6, 5)
-    if parts > 0:
-        return GluonLinearTile(64, 64, 128, 6, 6)
-    if num_rows <= 64:
-        return GluonLinearTile(64, 64, 128, 6, 8)
-    if num_rows <= 192:
-        return GluonLinearTile(64, 128, 64, 6, 8)
-    return GluonLinearTile(128, 64, 128, 3, 4)
+    if num_rows > 128 and is_gated:
+        # Tiles of 128 rows of weights, since by then each multiprocessor's reads of the L2 count.
+        return GluonLinearTile(128, 64, 64, 6, 7)
+    block_t = min(max(power_of_two(num_rows), 8), 128)
+    if parts > 0 and num_rows <= 128:
+        block_t = min(block_t, 64)
+    block_f = 32 if is_gated else 64
+    programs = triton.cdiv(num_rows, block_t) * triton.cdiv(num_outputs, block_f) * max(parts, 1)
+    room = (ALL_BYTES if programs <= MULTIPROCESSORS or block_t >= 64 else HALF_BYTES) // 256
+    x_stages = 3 if block_t == 128 else 4
+    chunks = triton.cdiv(triton.cdiv(num_inputs, 128), max(parts, 1))
+    weight_stages = min((room - x_stages * block_t) // 64, max(chunks, 2), MOST_CHUNKS)
+    return GluonLinearTile(block_t, block_f, 128, x_stages, weight_stages)
 
 
 def choose_parts(num_rows: int, num_inputs: int, num_outputs: int) -> int:
-    """Parts of the inputs for about 64 programs, and two at least.
+    """Parts of the inputs for two programs a multiprocessor, of four chunks each at least; above 64
+    rows, whose parts take time to write and to add, for one.
 
-    Of 2, 4 and 8 parts those that give 64 programs, or 128 at 256 rows, were the quickest (H200);
-    what adds them up takes 1.1 us for two and 1.4 for eight.
+    Whole decode layers, us, with what is chosen, for one program and for two whatever the rows, and
+    with parts of two and of eight chunks at least (H200):
+
+                               chosen      one      two    two chunks    eight
+        Qwen3-0.6B, 16 rows      28.4     28.3     28.4          30.3     30.8
+        64                       50.9     50.8     50.9          54.2     50.9
+        128                      79.5     79.5     81.9          82.3     79.2
+        256                     134.3    134.3    138.3         140.3    134.2
+        Llama-3.1-8B, 2         124.2    124.9    124.2         123.9    124.9
+        16                      131.2    135.1    131.2         130.7    130.9
     """
-    tile = choose_rows_tile(num_rows, False, 1)
+    tile = choose_rows_tile(num_rows, num_inputs, num_outputs, False, 1)
     blocks = triton.cdiv(num_rows, tile.block_t) * triton.cdiv(num_outputs, tile.block_f)
     chunks = triton.cdiv(num_inputs, tile.block_e)
+    programs = MULTIPROCESSORS * (2 if num_rows <= 64 else 1)
+    parts = max(min(programs // blocks, chunks // 4), 1)
     # The least number of parts that have as many chunks each: none is empty.
-    return triton.cdiv(chunks, triton.cdiv(chunks, min(max(64 // blocks, 2), chunks)))
+    return triton.cdiv(chunks, triton.cdiv(chunks, parts))
 
 
 def sizes_of(
@@ -176,8 +210,10 @@ def launch_tile_linear(
         x_TE, list(x_TE.shape), list(x_TE.stride()), [tile.block_t, tile.block_e], layout
     )
 
+    # Of gates and what they are multiplied by, boxes of 64 columns make up a tile.
+    box = [tile.block_f, 64 if activation else tile.block_e]
+
     def rows_of(weight_FE: Tensor) -> Any:
-        box = [tile.block_f, tile.block_e]
         return TensorDescriptor(
             weight_FE, [num_outputs, num_inputs], list(weight_FE.stride()), box, layout
         )
@@ -203,15 +239,22 @@ def launch_tile_linear(
 @gluon.jit
 def ask_for_weights(place, chunk, first, descs, tiles, full, sizes: constexpr):
     gate_desc, up_desc = descs
-    gate_tiles, up_tiles = tiles
     bar = full.index(place)
+    tile = tiles.index(place)
     at = chunk * sizes.block_e
+    hopper.mbarrier.expect(bar, sizes.weight_bytes)
     if sizes.activation != "":
-        hopper.mbarrier.expect(bar, 2 * sizes.weight_bytes)
-        hopper.tma.async_copy_global_to_shared(up_desc, [first, at], bar, up_tiles.index(place))
+        # Gates and ups of 64 columns, one below the other, are the layout of a whole tile.
+        PANELS: constexpr = sizes.block_e // 64
+        boxes = tile._reinterpret(
+            gate_desc.dtype, [2 * PANELS, sizes.block_f, 64], gate_desc.layout
+        )
+        for panel in gl.static_range(PANELS):
+            start = [first, at + panel * 64]
+            hopper.tma.async_copy_global_to_shared(gate_desc, start, bar, boxes.index(2 * panel))
+            hopper.tma.async_copy_global_to_shared(up_desc, start, bar, boxes.index(2 * panel + 1))
     else:
-        hopper.mbarrier.expect(bar, sizes.weight_bytes)
-    hopper.tma.async_copy_global_to_shared(gate_desc, [first, at], bar, gate_tiles.index(place))
+        hopper.tma.async_copy_global_to_shared(gate_desc, [first, at], bar, tile)
 
 
 @gluon.jit
@@ -250,59 +293,45 @@ def tile_linear_kernel(
     GATED: constexpr = ACTIVATION != ""
     X_STAGES: constexpr = SIZES.x_stages
     WEIGHT_STAGES: constexpr = SIZES.weight_stages
-    x_tiles = gl.allocate_shared_memory(
-        DTYPE, [SIZES.x_stages, SIZES.block_t, SIZES.block_e], shared
+    BLOCK_T: constexpr = SIZES.block_t
+    BLOCK_F: constexpr = SIZES.block_f
+    WARPS: constexpr = SIZES.num_warps
+    x_tiles = gl.allocate_shared_memory(DTYPE, [X_STAGES, BLOCK_T, SIZES.block_e], shared)
+    weight_tiles = gl.allocate_shared_memory(
+        DTYPE, [WEIGHT_STAGES, SIZES.block_g, SIZES.block_e], shared
     )
-    weight_shape: constexpr = [SIZES.weight_stages, SIZES.block_f, SIZES.block_e]
-    gate_tiles = gl.allocate_shared_memory(DTYPE, weight_shape, shared)
-    up_tiles = gate_tiles
-    if GATED:
-        up_tiles = gl.allocate_shared_memory(DTYPE, weight_shape, shared)
     x_full = arrivals(X_STAGES)
     weight_full = arrivals(WEIGHT_STAGES)
     hopper.fence_async_shared()
     program_barrier()
 
     # Programs of the same outputs follow each other, so that the second reads the L2.
-    NUM_BLOCKS: constexpr = (SIZES.num_outputs + SIZES.block_f - 1) // SIZES.block_f
+    NUM_BLOCKS: constexpr = (SIZES.num_outputs + BLOCK_F - 1) // BLOCK_F
     block_t = gl.program_id(0) // (NUM_BLOCKS * parts)
     rest = gl.program_id(0) % (NUM_BLOCKS * parts)
-    first_f = rest % NUM_BLOCKS * SIZES.block_f
+    first_f = rest % NUM_BLOCKS * BLOCK_F
     part = rest // NUM_BLOCKS
-    first_t = block_t * SIZES.block_t
+    first_t = block_t * BLOCK_T
     begin = part * SIZES.chunks
     descs = (gate_desc, up_desc)
-    tiles = (gate_tiles, up_tiles)
     for i in gl.static_range(WEIGHT_STAGES):
-        ask_for_weights(i, begin + i, first_f, descs, tiles, weight_full, SIZES)
+        ask_for_weights(i, begin + i, first_f, descs, weight_tiles, weight_full, SIZES)
     if PDL:
         wait_for_predecessor()
     for i in gl.static_range(X_STAGES):
         ask_for_rows(i, begin + i, first_t, x_desc, x_tiles, x_full, SIZES)
 
-    layout: constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [SIZES.num_warps, 1], [16, SIZES.block_f, 16]
-    )
-    acc_TF = gl.full([SIZES.block_t, SIZES.block_f], 0.0, gl.float32, layout)
-    up_TF = acc_TF
-    if GATED:
-        up_TF = gl.full([SIZES.block_t, SIZES.block_f], 0.0, gl.float32, layout)
+    # Weights are the first factor: of rows a tensor core takes any multiple of 8.
+    layout: constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_T, 16])
+    acc_GT = gl.full([SIZES.block_g, BLOCK_T], 0.0, gl.float32, layout)
     for i in range(SIZES.chunks):
         x_place = i % SIZES.x_stages
         place = i % SIZES.weight_stages
         hopper.mbarrier.wait(weight_full.index(place), (i // SIZES.weight_stages) & 1)
         hopper.mbarrier.wait(x_full.index(x_place), (i // SIZES.x_stages) & 1)
-        x_TE = x_tiles.index(x_place)
-        acc = hopper.warpgroup_mma(
-            x_TE, gate_tiles.index(place).permute((1, 0)), acc_TF, is_async=True
-        )
-        if GATED:
-            up = hopper.warpgroup_mma(
-                x_TE, up_tiles.index(place).permute((1, 0)), up_TF, is_async=True
-            )
-            acc_TF, up_TF = hopper.warpgroup_mma_wait(2, deps=[acc, up])
-        else:
-            acc_TF = hopper.warpgroup_mma_wait(1, deps=[acc])
+        x_ET = x_tiles.index(x_place).permute((1, 0))
+        acc = hopper.warpgroup_mma(weight_tiles.index(place), x_ET, acc_GT, is_async=True)
+        acc_GT = hopper.warpgroup_mma_wait(1, deps=[acc])
         if not SIZES.resident:
             # The products of the chunk before are done, and its places free once all warps say so.
             before = i - 1
@@ -317,35 +346,37 @@ def tile_linear_kernel(
                     )  # fmt: skip
                 if next < SIZES.chunks:
                     ask_for_weights(
-                        before % SIZES.weight_stages, begin + next, first_f, descs, tiles,
+                        before % SIZES.weight_stages, begin + next, first_f, descs, weight_tiles,
                         weight_full, SIZES,
                     )  # fmt: skip
-    if GATED:
-        acc_TF, up_TF = hopper.warpgroup_mma_wait(0, deps=[acc_TF, up_TF])
-    else:
-        acc_TF = hopper.warpgroup_mma_wait(0, deps=[acc_TF])
+    acc_GT = hopper.warpgroup_mma_wait(0, deps=[acc_GT])
 
-    column_F = first_f + gl.arange(0, SIZES.block_f, gl.SliceLayout(0, layout))
-    if SIZES.has_bias:
-        # Once, in the first part.
-        inside_F = (column_F < SIZES.num_outputs) & (part == 0)
-        acc_TF += gl.load(bias_ptr + column_F, mask=inside_F, other=0.0).to(gl.float32)[None, :]
-        if GATED:
-            up_bias_F = gl.load(bias_ptr + SIZES.num_outputs + column_F, mask=inside_F, other=0.0)
-            up_TF += up_bias_F.to(gl.float32)[None, :]
-    if GATED:
-        acc_TF = gated(acc_TF, up_TF, ACTIVATION)
-    # 16 bytes a thread, whole rows by neighbours.
+    # 16 bytes a thread, whole rows of the output by neighbours.
     PACK: constexpr = 4 if SIZES.is_split else 8
-    store_layout: constexpr = gl.BlockedLayout(
-        [1, PACK], [32 * PACK // SIZES.block_f, SIZES.block_f // PACK], [SIZES.num_warps, 1], [1, 0]
-    )
-    out_TF = gl.convert_layout(acc_TF.to(out_ptr.dtype.element_ty), store_layout)
-    row_T = first_t + gl.arange(0, SIZES.block_t, gl.SliceLayout(1, store_layout))
-    out_F = first_f + gl.arange(0, SIZES.block_f, gl.SliceLayout(0, store_layout))
+    LANES: constexpr = min(BLOCK_F // PACK, 32)
+    store_layout: constexpr = gl.BlockedLayout([PACK, 1], [LANES, 32 // LANES], [1, WARPS], [0, 1])
+    out_F = first_f + gl.arange(0, BLOCK_F, gl.SliceLayout(1, store_layout))
+    row_T = first_t + gl.arange(0, BLOCK_T, gl.SliceLayout(0, store_layout))
+    # A bias counts once, in the first part.
+    inside_F = (out_F < SIZES.num_outputs) & (part == 0)
+    if GATED:
+        pair_layout: constexpr = gl.BlockedLayout([1, 1, 2], [32, 1, 1], [1, WARPS, 1], [2, 0, 1])
+        pair_FT2 = acc_GT.reshape([2, BLOCK_F, BLOCK_T]).permute((1, 2, 0))
+        gate_FT, up_FT = gl.convert_layout(pair_FT2, pair_layout).split()
+        out_FT = gl.convert_layout(gate_FT, store_layout)
+        up_FT = gl.convert_layout(up_FT, store_layout)
+        if SIZES.has_bias:
+            up_F = gl.load(bias_ptr + SIZES.num_outputs + out_F, mask=inside_F, other=0.0)
+            up_FT += up_F.to(gl.float32)[:, None]
+    else:
+        out_FT = gl.convert_layout(acc_GT, store_layout)
+    if SIZES.has_bias:
+        out_FT += gl.load(bias_ptr + out_F, mask=inside_F, other=0.0).to(gl.float32)[:, None]
+    if GATED:
+        out_FT = gated(out_FT, up_FT, ACTIVATION)
     offset_T = (part * num_rows + row_T).to(gl.int64) * SIZES.num_outputs
     gl.store(
-        out_ptr + offset_T[:, None] + out_F[None, :],
-        out_TF,
-        mask=(row_T < num_rows)[:, None] & (out_F < SIZES.num_outputs)[None, :],
+        out_ptr + offset_T[None, :] + out_F[:, None],
+        out_FT.to(out_ptr.dtype.element_ty),
+        mask=(row_T < num_rows)[None, :] & (out_F < SIZES.num_outputs)[:, None],
     )

@@ -29,12 +29,16 @@ _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 # and 16 rows, cuBLAS's products with Inductor's kernels 33, 37, 31 and 31. With a second tile of
 # rows at 24 it is 35 and 32 (H200).
 MAX_ROWS = 16
-# With `tiled_layer`. What a layer does beside rope and attention takes it 18.7 and 24.4 us at 32
-# and 128 rows, cuBLAS's products with Inductor's kernels 33.6 and 36.9. A whole layer takes 28.0
-# and 27.4 at 3 and 4 rows, with `few_rows_layer` 28.3 and 30.1 (Qwen3-0.6B, H200).
-TILED_ROWS = (4, 256)
-# Of Llama-3.1-8B's wider layers cuBLAS's products are as fast, or faster above 32 rows.
-TILED_WIDTH = 4096
+# The least and most rows of `tiled_layer`. A whole layer of Qwen3-0.6B takes it 23.4, 23.4 and 25.1
+# us at 2, 4 and 8 rows, `few_rows_layer` 23.1, 29.1 and 32.1; of Llama-3.1-8B 124 at 2 rows for 163
+# (H200).
+TILED_ROWS = (3, 256)
+# Of wider layers than this: a step of Llama-3.1-8B takes 4.41 ms at 32 rows, with cuBLAS 5.01.
+TILED_WIDTH, WIDE_ROWS = 4096, (1, 32)
+# Up to here the projection is divided, too, and `rope_cache_write` adds its parts: at 8 rows a
+# layer of Qwen3-0.6B takes 25.1 us in place of 25.6, at 48 42.4 in place of 43.7, at 128 83.1 in
+# place of 81.9 (H200).
+QKV_PARTS_ROWS = 64
 
 
 def serves_few_rows(
@@ -54,11 +58,11 @@ def serves_tiles(
     config: DecoderConfig, num_rows: int, device: torch.device, dtype: torch.dtype
 ) -> bool:
     """Whether `tiled_layer` does what a layer of this model is, and is quicker."""
+    least, most = TILED_ROWS if _widest(config) <= TILED_WIDTH else WIDE_ROWS
     return (
         _is_known(config, device)
         and runs_gluon(device)
-        and TILED_ROWS[0] <= num_rows <= TILED_ROWS[1]
-        and _widest(config) <= TILED_WIDTH
+        and least <= num_rows <= most
         and dtype.itemsize == 2
         # Rows of descriptors are multiples of 16 bytes.
         and all(width % 8 == 0 for width in _widths(config))
@@ -125,8 +129,8 @@ def tiled_layer(
     activation = _ACTIVATIONS[attention.config.activation]
     # Kernels begin while the one before still runs, see `dependent_launch`.
     x_TE, normed_TE = sum_norm(x_TE, part_PTE, block.input_norm.weight, eps, offset, True)
-    qkv_TF = tile_linear(normed_TE, attention.qkv_proj.weight, attention.qkv_proj.bias, pdl=True)
-    out_TE = _attend(attention, qkv_TF, cos_TR, sin_TR, cu_seqlens_S1, kv)
+    qkv = _in_parts(normed_TE, attention.qkv_proj, len(x_TE) <= QKV_PARTS_ROWS)
+    out_TE = _attend(attention, qkv, cos_TR, sin_TR, cu_seqlens_S1, kv)
     part_PTE = _in_parts(out_TE, attention.o_proj)
     x_TE, normed_TE = sum_norm(x_TE, part_PTE, block.mlp_norm.weight, eps, offset, True)
     hidden_TF = tile_linear(
@@ -135,26 +139,30 @@ def tiled_layer(
     return x_TE, _in_parts(hidden_TF, mlp.down_proj)
 
 
-def _in_parts(x_TE: Tensor, linear: nn.Linear) -> Tensor:
-    parts = choose_parts(x_TE.shape[0], *reversed(linear.weight.shape))
+def _in_parts(x_TE: Tensor, linear: nn.Linear, divided: bool = True) -> Tensor:
+    """[P, T, F]; not `divided` [T, F]."""
+    parts = choose_parts(x_TE.shape[0], *reversed(linear.weight.shape)) if divided else 0
     return tile_linear(x_TE, linear.weight, linear.bias, parts=parts, pdl=True)
 
 
 def _attend(
     attention: Attention,
-    qkv_TF: Tensor,
+    qkv: Tensor,
     cos_TR: Tensor,
     sin_TR: Tensor,
     cu_seqlens_S1: Tensor,
     kv: LayerKV,
 ) -> Tensor:
-    """Norms of queries and keys, rope, cache write and attention: [T, H * D]."""
+    """Norms of queries and keys, rope, cache write and attention: [T, H * D].
+
+    `qkv`: the projection [T, F], or its parts [P, T, F].
+    """
     config = attention.config
     q_weight_D = k_weight_D = None
     if config.qk_norm:
         q_weight_D, k_weight_D = attention.q_norm.weight, attention.k_norm.weight
     q_THD = rope_cache_write(
-        qkv_TF.unflatten(-1, (-1, config.head_dim)), q_weight_D, k_weight_D, config.rms_norm_eps,
+        qkv.unflatten(-1, (-1, config.head_dim)), q_weight_D, k_weight_D, config.rms_norm_eps,
         cos_TR, sin_TR, None, kv.k_cache_NBKD, kv.v_cache_NBKD, kv.slots_T, attention.rotates, True,
     )  # fmt: skip
     out_THD = paged_attention(

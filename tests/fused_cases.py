@@ -27,6 +27,7 @@ class RopeCase:
     padding: int
     seed: int
     has_positions: bool = True
+    parts: int = 0
 
 
 @st.composite
@@ -45,6 +46,7 @@ def rope_cases(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...], most_tokens: in
         padding=draw(st.sampled_from([0, 0, 8, 3])),
         seed=draw(st.integers(0, 2**31)),
         has_positions=draw(st.booleans()),
+        parts=draw(st.sampled_from([0, 0, 1, 2, 4])),
     )
 
 
@@ -79,8 +81,13 @@ def make_rope_problem(case: RopeCase, device: str = "cpu") -> RopeProblem:
     slots_T = torch.randperm(shape[0] * 4, generator=generator)[:tokens]
     slots_T[torch.rand(tokens, generator=generator) < 0.2] = -1
     q_weight_D, k_weight_D = weights.to(device, case.dtype) if case.has_norm else (None, None)
+    qkv_TXD = rows.to(device, case.dtype)[:, : heads * dim].unflatten(1, (heads, dim))
+    if case.parts:
+        # Of one sign, so that their sum in float32 is as exact as they are.
+        share = torch.rand(case.parts, *qkv_TXD.shape, generator=generator).to(device)
+        qkv_TXD = (share / share.sum(0) * qkv_TXD.float()).contiguous()
     return RopeProblem(
-        rows.to(device, case.dtype)[:, : heads * dim].unflatten(1, (heads, dim)),
+        qkv_TXD,
         q_weight_D,
         k_weight_D,
         1e-6,
@@ -103,21 +110,25 @@ class RopeExpected(NamedTuple):
     k_cache_NBKD: Tensor
     k_error_NBKD: Tensor
     v_cache_NBKD: Tensor
+    v_error_NBKD: Tensor
 
 
 def rope_reference(case: RopeCase, problem: RopeProblem) -> RopeExpected:
     """Token by token and head by head, in float64 on the CPU."""
     qkv = problem.qkv_TXD.cpu().double()
-    out, error = qkv.clone(), torch.zeros_like(qkv)
     half = case.rotary_dim // 2 if case.rotates else 0
     unit = torch.finfo(case.dtype).eps / 2 + 8 * torch.finfo(torch.float32).eps
+    if case.parts:
+        qkv = qkv.sum(0)
+    # What is only copied is exact, a sum is not.
+    out, error = qkv.clone(), unit * qkv.abs() if case.parts else torch.zeros_like(qkv)
     num_q, num_kv = case.num_q_heads, case.num_kv_heads
     for token in range(case.num_tokens):
         positions_T = problem.positions_T
         position = token if positions_T is None else int(positions_T[token])
         cos_R, sin_R = (x[position].cpu().double() for x in (problem.cos_PR, problem.sin_PR))
         for head in range(num_q + num_kv):
-            x_D, error_D = qkv[token, head], torch.zeros(case.head_dim, dtype=torch.float64)
+            x_D, error_D = qkv[token, head], error[token, head]
             weight_D = problem.q_weight_D if head < num_q else problem.k_weight_D
             if weight_D is not None:
                 x_D = x_D / (x_D.pow(2).mean() + problem.eps).sqrt() * weight_D.cpu().double()
@@ -134,13 +145,14 @@ def rope_reference(case: RopeCase, problem: RopeProblem) -> RopeExpected:
                 error_D = torch.cat([turned_error, error_D[2 * half :]])
             out[token, head], error[token, head] = x_D, error_D
     k_cache, v_cache = (x.cpu().double() for x in (problem.k_cache_NBKD, problem.v_cache_NBKD))
-    k_error = torch.zeros_like(k_cache)
+    k_error, v_error = torch.zeros_like(k_cache), torch.zeros_like(v_cache)
     for token, slot in enumerate(problem.slots_T.tolist()):
         if slot >= 0:
             k_cache[slot // 4, slot % 4] = out[token, num_q : num_q + num_kv]
             k_error[slot // 4, slot % 4] = error[token, num_q : num_q + num_kv]
             v_cache[slot // 4, slot % 4] = out[token, num_q + num_kv :]
-    return RopeExpected(out[:, :num_q], error[:, :num_q], k_cache, k_error, v_cache)
+            v_error[slot // 4, slot % 4] = error[token, num_q + num_kv :]
+    return RopeExpected(out[:, :num_q], error[:, :num_q], k_cache, k_error, v_cache, v_error)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from minigen import LLM, SamplingParams
 from minigen.cache import BlockPool
 from minigen.engine import Engine
-from minigen.few_rows import MAX_ROWS, TILED_ROWS, serves_few_rows, serves_tiles
+from minigen.few_rows import (
+    MAX_ROWS,
+    TILED_ROWS,
+    TILED_WIDTH,
+    WIDE_ROWS,
+    serves_few_rows,
+    serves_tiles,
+)
 from minigen.graphs import HIDDEN, CaptureError, StepGraphs, bucket_sizes
 from minigen.kernels import native
 from minigen.kernels.few_rows_linear import PLAIN_ROWS
@@ -320,7 +327,7 @@ def test_few_rows_give_what_the_layer_gives(long_rope: bool, monkeypatch) -> Non
 
 @pytest.mark.parametrize("long_rope", [False, True])
 def test_tiled_rows_give_what_the_layer_gives(long_rope: bool, monkeypatch) -> None:
-    """And what the compiled layer gives, which here serves the smaller steps at the end."""
+    """And what the compiled layer gives, which here serves the steps at both ends."""
     many = [list(range(1, 1 + n)) for n in range(1, 20)]
     counts = [12, *(4 + n % 5 for n in range(18))]
     params = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True) for n in counts]
@@ -333,6 +340,7 @@ def test_tiled_rows_give_what_the_layer_gives(long_rope: bool, monkeypatch) -> N
         return tiled
 
     monkeypatch.setattr("minigen.few_rows.runs_gluon", lambda device: True)
+    monkeypatch.setattr("minigen.few_rows.TILED_ROWS", (3, 16))
     monkeypatch.setattr("minigen.runner.serves_tiles", serves)
     made = engine(long_rope=long_rope, max_num_seqs=19, decode_graphs=True)
     made.runner._hidden = made.runner._hidden_by_layer
@@ -346,12 +354,14 @@ def test_tiles_are_for_models_whose_layer_it_is(monkeypatch) -> None:
     monkeypatch.setattr("minigen.few_rows.runs_gluon", lambda device: False)
     assert not serves_tiles(config, 32, cuda, half)
     monkeypatch.setattr("minigen.few_rows.runs_gluon", lambda device: True)
-    least, most = TILED_ROWS
-    for num_rows, serves in ((least - 1, False), (least, True), (most, True), (most + 1, False)):
-        assert serves_tiles(config, num_rows, cuda, half) is serves
+    wide = replace(config, intermediate_size=TILED_WIDTH + 8)
+    for shape, (least, most) in ((config, TILED_ROWS), (wide, WIDE_ROWS)):
+        for num_rows in (least - 1, least, most, most + 1):
+            serves = least <= num_rows <= most
+            assert serves_tiles(shape, num_rows, cuda, half) is serves
     assert not serves_tiles(config, 32, torch.device("cpu"), half)
     assert not serves_tiles(config, 32, cuda, torch.float32)
-    for change in ({"activation": "gelu"}, {"post_norms": True}, {"intermediate_size": 5000}):
+    for change in ({"activation": "gelu"}, {"post_norms": True}):
         assert not serves_tiles(replace(config, **change), 32, cuda, half)
     assert not serves_tiles(replace(config, hidden_size=44), 32, cuda, half)
 

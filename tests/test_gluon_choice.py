@@ -53,7 +53,7 @@ def test_few_queries_and_what_was_not_timed_stay() -> None:
 widths = st.integers(1, TILED_WIDTH // 8).map(lambda n: 8 * n)
 
 
-@pytest.mark.parametrize("num_rows", [TILED_ROWS[0], 64, 65, 128, 129, 192, 193, TILED_ROWS[1]])
+@pytest.mark.parametrize("num_rows", [1, 8, 9, 32, 64, 65, 128, 129, TILED_ROWS[1]])
 @pytest.mark.parametrize("what", ["whole", "gated", "parts"])
 @settings(max_examples=10)
 @given(widths, widths)
@@ -64,7 +64,7 @@ def test_linear_tiles_fit_and_their_parts_hold_all_inputs(
 ) -> None:
     """Of every layer that `serves_tiles` lets through."""
     parts = choose_parts(num_rows, num_inputs, num_outputs) if what == "parts" else 0
-    tile = choose_rows_tile(num_rows, what == "gated", parts)
+    tile = choose_rows_tile(num_rows, num_inputs, num_outputs, what == "gated", parts)
     activation = "silu" if what == "gated" else ""
     sizes = sizes_of(tile, num_inputs, num_outputs, parts or 1, True, parts > 0, activation)
     # Besides the tiles: a barrier of 8 bytes for each place.

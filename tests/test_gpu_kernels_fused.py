@@ -98,7 +98,7 @@ def assert_rope(case: RopeCase, problem: RopeProblem, q_THD: Tensor) -> None:
     assert_within(q_THD, expected.q_THD, expected.q_error_THD)
     for cache, wanted, error in (
         (problem.k_cache_NBKD, expected.k_cache_NBKD, expected.k_error_NBKD),
-        (problem.v_cache_NBKD, expected.v_cache_NBKD, torch.zeros_like(expected.k_error_NBKD)),
+        (problem.v_cache_NBKD, expected.v_cache_NBKD, expected.v_error_NBKD),
     ):
         assert torch.equal(cache.isnan().cpu(), wanted.isnan())
         assert_within(cache.nan_to_num(), wanted.nan_to_num(), error)
@@ -110,6 +110,8 @@ def unwritten(problem: RopeProblem) -> dict[str, Tensor]:
 
 
 @example(dataclasses.replace(ROPE_CASE, rotates=False))
+@example(dataclasses.replace(ROPE_CASE, rotates=False, parts=2))
+@example(dataclasses.replace(ROPE_CASE, has_norm=False, parts=4))
 @example(dataclasses.replace(ROPE_CASE, num_q_heads=8, num_kv_heads=8, head_dim=128))
 @example(ROPE_CASE)
 @given(rope_cases(DTYPES, 6 if INTERPRETED else 40))
@@ -268,6 +270,9 @@ def test_registered_rope_cache_write_passes_opcheck_and_waits_for_nothing() -> N
     problem.v_cache_NBKD.zero_()
     operator = torch.ops.minigen.rope_cache_write.default
     torch.library.opcheck(operator, (*problem, False))
+    in_parts = make_rope_problem(dataclasses.replace(ROPE_CASE, parts=2), DEVICE)
+    caches = problem.k_cache_NBKD, problem.v_cache_NBKD
+    torch.library.opcheck(operator, (*in_parts[:7], *caches, *in_parts[9:], False))
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -315,9 +320,10 @@ def fits_tiles_here() -> bool:
 # What is chosen, weights and rows whose places are used again, places used once.
 LINEAR_TILES = (
     None,
-    GluonLinearTile(64, 32, 64, x_stages=2, weight_stages=3),
-    GluonLinearTile(128, 64, 64, x_stages=3, weight_stages=2),
-    GluonLinearTile(64, 32, 256, x_stages=2, weight_stages=2),
+    GluonLinearTile(8, 64, 64, x_stages=2, weight_stages=3),
+    GluonLinearTile(64, 64, 128, x_stages=3, weight_stages=2),
+    GluonLinearTile(128, 128, 64, x_stages=3, weight_stages=2),
+    GluonLinearTile(32, 64, 256, x_stages=2, weight_stages=2),
 )
 
 
@@ -329,7 +335,7 @@ def tiled_cases(draw: st.DrawFn) -> tuple[LinearCase, int]:
     parts = draw(st.sampled_from([0, 0, 1, 4]))
     return dataclasses.replace(
         case,
-        num_rows=draw(st.sampled_from([1, 16, 17, 63, 64, 65, 127, 128, 129, 256])),
+        num_rows=draw(st.sampled_from([1, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 256])),
         num_inputs=inputs,
         num_outputs=outputs,
         activation="" if parts or case.activation == "gelu_tanh" else case.activation,
@@ -368,7 +374,7 @@ def test_registered_tile_linear_passes_opcheck() -> None:
     torch.library.opcheck(torch.ops.minigen.sum_norm.default, (*problem, False))
 
 
-@pytest.mark.parametrize("num_rows", [17, 64, 100, 256])
+@pytest.mark.parametrize("num_rows", [1, 17, 64, 100, 256])
 def test_registered_tile_linear_starts_early_with_the_same_result(num_rows: int) -> None:
     """A chain in which each kernel reads what the one before wrote, captured as a step is."""
     if not fits_tiles_here():

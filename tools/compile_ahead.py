@@ -108,7 +108,8 @@ def compile_linear_ahead(sizes: Any, floats: str, pdl: bool = True) -> Compiled:
     from minigen.kernels.tile_linear_gluon import tile_linear_kernel
 
     layout = gl.NVMMASharedLayout(128, 16, 2)
-    weight = f"tensordesc<{floats}{[sizes.block_f, sizes.block_e]},{layout}>"
+    box = [sizes.block_f, 64 if sizes.activation else sizes.block_e]
+    weight = f"tensordesc<{floats}{box},{layout}>"
     constants = {"SIZES": sizes, "PDL": pdl} | ({} if sizes.has_bias else {"bias_ptr": None})
     known = {
         "x_desc": f"tensordesc<{floats}{[sizes.block_t, sizes.block_e]},{layout}>",
