@@ -51,15 +51,54 @@ CACHE_BOX = 16  # rows of the cache that come in one copy
 
 
 class GluonTile(NamedTuple):
-    """Keys of a tile, tiles of keys and of values in flight, and tiles of queries in flight."""
+    """Keys of a tile, tiles of keys and of values in flight, and tiles of queries in flight.
+
+    `groups` of four warps multiply, 2 or 3. With `rounds_late` weights are rounded to the dtype of
+    the values once the product that reads the former ones is awaited, into the registers of those;
+    else before, and copied. Of 8 exponentials of a tile without masks `polynomials` (0 to 2) are
+    polynomials, which keep the unit for special functions less busy.
+    """
 
     block_n: int = 128
     stages: int = 2
     query_stages: int = 2
+    groups: int = 2
+    rounds_late: bool = False
+    polynomials: int = 0
 
 
 DEFAULT_TILE = GluonTile()
 SHORT_TILE = GluonTile(block_n=64, stages=4)
+
+
+def powers_of_two(polynomials: int) -> str:
+    """Instructions for 2^x of 8 numbers x <= 0, of which so many are reckoned without `ex2`; none
+    for none.
+
+    `ex2` has 4 lanes a scheduler and clock, other instructions 32 (FlashAttention-4 has the idea).
+    x is an integer n and a rest of half at most, of which 2 to it is a cubic, wrong by 1e-4 of it
+    at most; n is added to its exponent. Adding 1.5 * 2^23 rounds, and leaves n in the last bits of
+    the sum. x is bounded by -127, which gives 0, so that a row that sees no key still sums to 0.
+    """
+    if polynomials == 0:
+        return ""
+    cubic = """max.f32 x, ${0}, 0fC2FE0000;
+        add.rn.f32 sum, x, 0f4B400000;
+        sub.rn.f32 whole, sum, 0f4B400000;
+        sub.rn.f32 rest, x, whole;
+        fma.rn.f32 y, rest, 0f3D61510C, 0f3E780629;
+        fma.rn.f32 y, y, rest, 0f3F317AFD;
+        fma.rn.f32 y, y, rest, 0f3F800000;
+        mov.b32 bits, sum;
+        shl.b32 bits, bits, 23;
+        mov.b32 y_bits, y;
+        add.s32 ${1}, y_bits, bits;"""
+    lines = ["{", ".reg .f32 x, sum, whole, rest, y;", ".reg .b32 bits, y_bits;"]
+    for place in range(8):
+        is_cubic = place % 4 == 3 and place // 4 < polynomials
+        line = cubic if is_cubic else "ex2.approx.ftz.f32 ${1}, ${0};"
+        lines.append(line.format(8 + place, place))
+    return "\n".join([*lines, "}"])
 
 
 @dataclass(frozen=True)
@@ -71,13 +110,15 @@ class Sizes:
     block_n: int
     stages: int
     query_stages: int
+    groups: int
+    rounds_late: bool
+    polynomials: int
     has_left: bool
     has_right: bool
     paged: bool
     skips_one: bool = False  # leaves sequences of one query to another launch
 
     rows: int = ROWS
-    groups: int = 2
 
     @property
     def group_queries(self) -> int:
@@ -90,6 +131,10 @@ class Sizes:
     @property
     def query_bytes(self) -> int:
         return self.rows * self.head_dim * 2
+
+    @property
+    def powers(self) -> str:
+        return powers_of_two(self.polynomials)
 
     @property
     def tile_bytes(self) -> int:
@@ -504,22 +549,58 @@ def loading_warp(descs, buffers, bars, pointers, numbers, sizes: constexpr):
 
 @gluon.jit
 def masked(score_MN, position_M, start, num_keys, window_left, window_right, sizes: constexpr):
+    """Both bounds on the right are one number a row. A comparison and its choice are one piece of
+    assembly: ptxas compared all scores first, and packed and unpacked what came of it."""
     key_N = start + gl.arange(0, sizes.block_n, gl.SliceLayout(0, score_MN.type.layout))
-    visible_MN = (key_N < num_keys)[None, :] & (position_M == position_M)[:, None]
-    if sizes.has_left:
-        visible_MN = visible_MN & (key_N[None, :] >= (position_M - window_left)[:, None])
+    end_M = position_M * 0 + num_keys
     if sizes.has_right:
-        visible_MN = visible_MN & (key_N[None, :] <= (position_M + window_right)[:, None])
-    return gl.where(visible_MN, score_MN, float("-inf"))
+        end_M = gl.minimum(position_M + window_right + 1, end_M)
+    score_MN = gl.inline_asm_elementwise(
+        "{.reg .pred p; setp.lt.s32 p, $2, $3; selp.f32 $0, $1, 0fFF800000, p;}",
+        "=r,r,r,r",
+        [score_MN, key_N[None, :], end_M[:, None]],
+        gl.float32,
+        True,
+        1,
+    )
+    if sizes.has_left:
+        begin_M = position_M - window_left
+        score_MN = gl.where(key_N[None, :] >= begin_M[:, None], score_MN, float("-inf"))
+    return score_MN
 
 
 @gluon.jit
-def weights_of(score_MN, max_M, sum_M, score_scale):
+def weight_of(x_MN, powers: constexpr):
+    """2^x, by the instructions of `powers_of_two` if there are any."""
+    if powers == "":
+        return gl.exp2(x_MN)
+    else:
+        return gl.inline_asm_elementwise(
+            powers, "=r,=r,=r,=r,=r,=r,=r,=r,r,r,r,r,r,r,r,r", [x_MN], gl.float32, True, 8
+        )
+
+
+@gluon.jit
+def rounded(weight_MN, dtype: constexpr):
+    """In pairs: of single ones, carried round a loop, ptxas swaps the halves, and swaps them back
+    (64 of the loop's 489 instructions, heads of 64, 128 keys)."""
+    if dtype == gl.bfloat16:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [weight_MN], gl.bfloat16, True, 2
+        )
+    else:
+        return gl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [weight_MN], gl.float16, True, 2
+        )
+
+
+@gluon.jit
+def weights_of(score_MN, max_M, sum_M, score_scale, powers: constexpr):
     """The softmax of `softmax_step`, without the product: also what earlier sums shrink by."""
     new_max_M = gl.maximum(max_M, gl.max(score_MN, 1))
     # A row that has seen no key yet has maximum -inf, and -inf - -inf is NaN.
     base_M = gl.where(new_max_M == float("-inf"), 0.0, new_max_M * score_scale)
-    weight_MN = gl.exp2(score_MN * score_scale - base_M[:, None])
+    weight_MN = weight_of(score_MN * score_scale - base_M[:, None], powers)
     shrink_M = gl.exp2(max_M * score_scale - base_M)
     return weight_MN, new_max_M, sum_M * shrink_M + gl.sum(weight_MN, 1), shrink_M
 
@@ -572,21 +653,29 @@ def attend_tiles(
             score_MN = masked(
                 score_MN, position_M, start, num_keys, window_left, window_right, sizes
             )
-        next_weight_MN, max_M, sum_M, shrink_M = weights_of(score_MN, max_M, sum_M, score_scale)
-        next_weight_MN = next_weight_MN.to(q_MD.dtype)
+        # Tiles with masks have instructions enough.
+        powers: constexpr = "" if MASKED else sizes.powers
+        next_weight_MN, max_M, sum_M, shrink_M = weights_of(
+            score_MN, max_M, sum_M, score_scale, powers
+        )
+        if not sizes.rounds_late:
+            next_weight_MN = next_weight_MN.to(q_MD.dtype)
         # Passes at once, for it has passed above. It is a branch, over which ptxas does not move
         # the exponentials: without it they came after the next line, beside no product.
         hopper.mbarrier.wait(bars.v_full.index(v_stage), v_phase)
         acc_MD, weight_MN = hopper.warpgroup_mma_wait(0, deps=[acc, weight_MN])
         hopper.mbarrier.arrive(bars.v_empty.index(v_stage), count=1)
         acc_MD = acc_MD * gl.convert_layout(shrink_M, out_rows)[:, None]
+        if sizes.rounds_late:
+            next_weight_MN = rounded(next_weight_MN, q_MD.dtype)
         weight_MN = gl.convert_layout(next_weight_MN, weight_layout)
     return weight_MN, acc_MD, max_M, sum_M
 
 
 @gluon.jit
-def multiplying_warps(buffers, bars, outputs, numbers, which: constexpr, sizes: constexpr):
-    """Four warps: 64 rows of each tile, `which` of the two halves."""
+def multiplying_warps(common, which: constexpr, sizes: constexpr):
+    """Four warps: 64 rows of each tile, `which` of its two or three parts."""
+    buffers, bars, outputs, numbers = common
     q_tiles, k_tiles, v_tiles, tile_numbers = buffers
     out_ptr, lse_ptr = outputs
     num_tokens, num_slots, window_left, window_right, score_scale = numbers
@@ -642,7 +731,7 @@ def multiplying_warps(buffers, bars, outputs, numbers, which: constexpr, sizes: 
         score_MN = masked(
             score_MN, position_M, last_start, num_keys, window_left, window_right, sizes
         )
-        weight_MN, max_M, sum_M, _shrink_M = weights_of(score_MN, max_M, sum_M, score_scale)
+        weight_MN, max_M, sum_M, _shrink_M = weights_of(score_MN, max_M, sum_M, score_scale, "")
         weight_MN = gl.convert_layout(weight_MN.to(q_MD.dtype), weight_layout)
         acc_MD = gl.full([sizes.rows, HEAD_DIM], 0.0, gl.float32, out_layout)
 
@@ -768,13 +857,27 @@ def attention_gluon_kernel(
     descs = (q_desc, k_desc, v_desc)
     pointers = (cu_seqlens_q_ptr, key_lengths_ptr, block_table_ptr, next_tile_ptr)
     numbers = (num_seqs, num_slots, num_tiles, table_stride, window_left, window_right)
-    # 65,536 registers: 232 a thread that multiplies, 40 of four warps, of which one loads.
-    gl.warp_specialize(
-        [
-            (multiplying_warps, (buffers, bars, outputs, sizes_of_batch, gl.constexpr(0), SIZES)),
-            (multiplying_warps, (buffers, bars, outputs, sizes_of_batch, gl.constexpr(1), SIZES)),
-            (loading_warp, (descs, buffers, bars, pointers, numbers, SIZES)),
-        ],
-        [4, 1],
-        [232, 40],
-    )
+    common = (buffers, bars, outputs, sizes_of_batch)
+    # 65,536 registers: 232 a thread of two groups that multiply, 160 of three; the rest is of four
+    # warps, of which one loads.
+    if SIZES.groups == 2:
+        gl.warp_specialize(
+            [
+                (multiplying_warps, (common, gl.constexpr(0), SIZES)),
+                (multiplying_warps, (common, gl.constexpr(1), SIZES)),
+                (loading_warp, (descs, buffers, bars, pointers, numbers, SIZES)),
+            ],
+            [4, 1],
+            [232, 40],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (multiplying_warps, (common, gl.constexpr(0), SIZES)),
+                (multiplying_warps, (common, gl.constexpr(1), SIZES)),
+                (multiplying_warps, (common, gl.constexpr(2), SIZES)),
+                (loading_warp, (descs, buffers, bars, pointers, numbers, SIZES)),
+            ],
+            [4, 4, 1],
+            [160, 160, 32],
+        )

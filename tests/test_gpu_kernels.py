@@ -272,6 +272,9 @@ in_gluon_kinds = pytest.mark.parametrize(
     [
         (torch.bfloat16, 4, 128, DEFAULT_TILE),
         (torch.float16, 2, 64, GluonTile(block_n=64, stages=3, query_stages=1)),
+        (torch.bfloat16, 4, 64, GluonTile(stages=4, rounds_late=True)),
+        (torch.float16, 8, 64, GluonTile(64, stages=6, groups=3, rounds_late=True)),
+        (torch.bfloat16, 1, 64, GluonTile(stages=3, groups=3, rounds_late=True, polynomials=2)),
     ],
 )
 
@@ -310,10 +313,13 @@ def test_paged_in_gluon_equals_definition(
 
 
 @contextlib.contextmanager
-def sees_gluon(operation: str) -> Iterator[mock.Mock]:
-    """What the operation launches in Gluon; keys are not split, however few the sequences are."""
+def sees_gluon(operation: str, preferred: bool = False) -> Iterator[mock.Mock]:
+    """What the operation launches in Gluon; keys are not split, however few the sequences are.
+    `preferred`: also heads for which it is not chosen."""
     module = importlib.import_module(f"minigen.kernels.{operation}")
     with contextlib.ExitStack() as stack:
+        if preferred:
+            stack.enter_context(mock.patch.object(module, "prefers_gluon", return_value=True))
         if operation == "paged_attention":
             stack.enter_context(mock.patch.object(module, "choose_num_splits", return_value=1))
         patch = mock.patch.object(module, "launch_gluon", wraps=launch_gluon)
@@ -321,7 +327,7 @@ def sees_gluon(operation: str) -> Iterator[mock.Mock]:
 
 
 @st.composite
-def steps(draw: st.DrawFn, group: int) -> Case:
+def steps(draw: st.DrawFn, group: int, head_dim: int) -> Case:
     """A step of prompts, chunks, decoding sequences and null sequences: 64 queries each on average,
     as many as Gluon is chosen for."""
     lengths = st.sampled_from((2, 63, 64, 65, 127, 128, 129)) | st.integers(1, MAX_LEN)
@@ -341,12 +347,12 @@ def steps(draw: st.DrawFn, group: int) -> Case:
         kv_lens=kv_lens,
         num_heads=num_kv_heads * group,
         num_kv_heads=num_kv_heads,
-        head_dim=128,
+        head_dim=head_dim,
         dtype=torch.float16 if group == 2 else torch.bfloat16,
         causal=True,
         window_size=(-1, -1) if window is None else (window - 1, 0),
         softcap=0.0,
-        scale=128**-0.5,
+        scale=head_dim**-0.5,
         block_size=16,
         seed=draw(st.integers(0, 2**31)),
     )
@@ -361,31 +367,33 @@ def paged_step(case: Case, qkv: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, 
 
 
 @needs_gluon
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize(("group", "head_dim"), [*((n, 128) for n in GROUPS), (4, 64)])
 @settings(max_examples=15)
 @given(data=st.data())
-def test_a_step_in_gluon_equals_definition(group: int, data: st.DataObject) -> None:
+def test_a_step_in_gluon_equals_definition(group: int, head_dim: int, data: st.DataObject) -> None:
     """As the model calls it: decoding sequences have a launch of their own beside Gluon's."""
-    case = data.draw(steps(group))
+    case = data.draw(steps(group, head_dim))
     qkv = make_qkv(case, DEVICE)
     expected = reference(case, *qkv)
-    with sees_gluon("paged_attention") as launched:
+    with sees_gluon("paged_attention", preferred=head_dim == 64) as launched:
         out_THD = paged_attention(*paged_step(case, qkv), window_size=case.window_size, pdl=True)
     assert launched.call_count == 1
     assert_within(out_THD, expected.out_THD, expected.out_error_THD)
 
 
 @needs_gluon
-@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize(("group", "head_dim"), [*((n, 128) for n in GROUPS), (4, 64)])
 @settings(max_examples=15)
 @given(data=st.data())
-def test_packed_prompts_in_gluon_equal_definition(group: int, data: st.DataObject) -> None:
-    case = data.draw(steps(group))
+def test_packed_prompts_in_gluon_equal_definition(
+    group: int, head_dim: int, data: st.DataObject
+) -> None:
+    case = data.draw(steps(group, head_dim))
     case = dataclasses.replace(case, kv_lens=case.q_lens)
     qkv = make_qkv(case, DEVICE)
     expected = reference(case, *qkv)
     offsets = cu_seqlens(case.q_lens, DEVICE)
-    with sees_gluon("varlen_attention") as launched:
+    with sees_gluon("varlen_attention", preferred=head_dim == 64) as launched:
         out_THD, lse_HT = varlen_attention(*qkv, offsets, offsets, window_size=case.window_size)
     assert launched.call_count == 1
     assert_within(out_THD, expected.out_THD, expected.out_error_THD)
