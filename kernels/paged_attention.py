@@ -380,7 +380,8 @@ def paged_attention_triton(
             launch_gluon(
                 q_THD, *_rows_of(k_cache_NBKD, v_cache_NBKD), out_THD, None, cu_seqlens_q,
                 kv_lens_S, block_table_SW.contiguous(), window=window, scale=scale,
-                tile=choose_gluon_tile(mean, block_table_SW.shape[1] * block_size), skips_one=True,
+                tile=choose_gluon_tile(mean, head_dim, block_table_SW.shape[1] * block_size),
+                skips_one=True,
             )  # fmt: skip
             continue
         whole = choose_whole_tiles(splits, *needs) if whole_tiles_most is None else whole_tiles_most

@@ -123,9 +123,9 @@ def choose_rows_tile(
     if num_rows > 128 and is_gated:
         # Tiles of 128 rows of weights, since by then each multiprocessor's reads of the L2 count.
         return GluonLinearTile(128, 64, 64, 6, 7)
+    if num_rows > 64 and parts > 0:
+        return GluonLinearTile(64, 64, 128, 6, 6)
     block_t = min(max(power_of_two(num_rows), 8), 128)
-    if parts > 0 and num_rows <= 128:
-        block_t = min(block_t, 64)
     block_f = 32 if is_gated else 64
     programs = triton.cdiv(num_rows, block_t) * triton.cdiv(num_outputs, block_f) * max(parts, 1)
     room = (ALL_BYTES if programs <= MULTIPROCESSORS or block_t >= 64 else HALF_BYTES) // 256
@@ -136,25 +136,28 @@ def choose_rows_tile(
 
 
 def choose_parts(num_rows: int, num_inputs: int, num_outputs: int) -> int:
-    """Parts of the inputs for two programs a multiprocessor, of four chunks each at least; above 64
-    rows, whose parts take time to write and to add, for one.
+    """Parts of the inputs for two programs a multiprocessor, of four chunks each at least; of more
+    than 64 rows, whose parts take time to write and to add, two.
 
-    Whole decode layers, us, with what is chosen, for one program and for two whatever the rows, and
-    with parts of two and of eight chunks at least (H200):
+    Whole decode layers, us, with parts for two programs and for one, and with parts of two and of
+    eight chunks at least (H200):
 
-                               chosen      one      two    two chunks    eight
-        Qwen3-0.6B, 16 rows      28.4     28.3     28.4          30.3     30.8
-        64                       50.9     50.8     50.9          54.2     50.9
-        128                      79.5     79.5     81.9          82.3     79.2
-        256                     134.3    134.3    138.3         140.3    134.2
-        Llama-3.1-8B, 2         124.2    124.9    124.2         123.9    124.9
-        16                      131.2    135.1    131.2         130.7    130.9
+                               two      one    two chunks    eight
+        Qwen3-0.6B, 16 rows   28.4     28.3          30.3     30.8
+        64                    50.9     50.8          54.2     50.9
+        Llama-3.1-8B, 2      124.2    124.9         123.9    124.9
+        16                   131.2    135.1         130.7    130.9
+
+    Qwen3-0.6B at 128 and 256 rows: 81.9 and 138.3 for two programs, 78.8 and 133.2 for one, 78.1
+    and 130.5 in two parts.
     """
     tile = choose_rows_tile(num_rows, num_inputs, num_outputs, False, 1)
-    blocks = triton.cdiv(num_rows, tile.block_t) * triton.cdiv(num_outputs, tile.block_f)
     chunks = triton.cdiv(num_inputs, tile.block_e)
-    programs = MULTIPROCESSORS * (2 if num_rows <= 64 else 1)
-    parts = max(min(programs // blocks, chunks // 4), 1)
+    if num_rows > 64:
+        parts = min(2, chunks)
+    else:
+        blocks = triton.cdiv(num_rows, tile.block_t) * triton.cdiv(num_outputs, tile.block_f)
+        parts = max(min(2 * MULTIPROCESSORS // blocks, chunks // 4), 1)
     # The least number of parts that have as many chunks each: none is empty.
     return triton.cdiv(chunks, triton.cdiv(chunks, parts))
 

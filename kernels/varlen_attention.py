@@ -203,7 +203,7 @@ def _cuda(
         window=window,
         scale=scale,
         softcap=softcap,
-        tile=choose_gluon_tile(queries) if in_gluon else None,
+        tile=choose_gluon_tile(queries, head_dim) if in_gluon else None,
         tensor_descriptors=descriptors and fits_tensor_descriptors(q_THD, k_TKD, v_TKD),
     )
 

@@ -51,54 +51,16 @@ CACHE_BOX = 16  # rows of the cache that come in one copy
 
 
 class GluonTile(NamedTuple):
-    """Keys of a tile, tiles of keys and of values in flight, and tiles of queries in flight.
-
-    `groups` of four warps multiply, 2 or 3. With `rounds_late` weights are rounded to the dtype of
-    the values once the product that reads the former ones is awaited, into the registers of those;
-    else before, and copied. Of 8 exponentials of a tile without masks `polynomials` (0 to 2) are
-    polynomials, which keep the unit for special functions less busy.
-    """
+    """Keys of a tile, tiles of keys and of values in flight, and tiles of queries in flight."""
 
     block_n: int = 128
     stages: int = 2
     query_stages: int = 2
-    groups: int = 2
-    rounds_late: bool = False
-    polynomials: int = 0
 
 
 DEFAULT_TILE = GluonTile()
 SHORT_TILE = GluonTile(block_n=64, stages=4)
-
-
-def powers_of_two(polynomials: int) -> str:
-    """Instructions for 2^x of 8 numbers x <= 0, of which so many are reckoned without `ex2`; none
-    for none.
-
-    `ex2` has 4 lanes a scheduler and clock, other instructions 32 (FlashAttention-4 has the idea).
-    x is an integer n and a rest of half at most, of which 2 to it is a cubic, wrong by 1e-4 of it
-    at most; n is added to its exponent. Adding 1.5 * 2^23 rounds, and leaves n in the last bits of
-    the sum. x is bounded by -127, which gives 0, so that a row that sees no key still sums to 0.
-    """
-    if polynomials == 0:
-        return ""
-    cubic = """max.f32 x, ${0}, 0fC2FE0000;
-        add.rn.f32 sum, x, 0f4B400000;
-        sub.rn.f32 whole, sum, 0f4B400000;
-        sub.rn.f32 rest, x, whole;
-        fma.rn.f32 y, rest, 0f3D61510C, 0f3E780629;
-        fma.rn.f32 y, y, rest, 0f3F317AFD;
-        fma.rn.f32 y, y, rest, 0f3F800000;
-        mov.b32 bits, sum;
-        shl.b32 bits, bits, 23;
-        mov.b32 y_bits, y;
-        add.s32 ${1}, y_bits, bits;"""
-    lines = ["{", ".reg .f32 x, sum, whole, rest, y;", ".reg .b32 bits, y_bits;"]
-    for place in range(8):
-        is_cubic = place % 4 == 3 and place // 4 < polynomials
-        line = cubic if is_cubic else "ex2.approx.ftz.f32 ${1}, ${0};"
-        lines.append(line.format(8 + place, place))
-    return "\n".join([*lines, "}"])
+TILE_OF_64 = GluonTile(stages=4)  # for heads of 64, whose tiles take half of the memory
 
 
 @dataclass(frozen=True)
@@ -110,15 +72,13 @@ class Sizes:
     block_n: int
     stages: int
     query_stages: int
-    groups: int
-    rounds_late: bool
-    polynomials: int
     has_left: bool
     has_right: bool
     paged: bool
     skips_one: bool = False  # leaves sequences of one query to another launch
 
     rows: int = ROWS
+    groups: int = 2
 
     @property
     def group_queries(self) -> int:
@@ -131,10 +91,6 @@ class Sizes:
     @property
     def query_bytes(self) -> int:
         return self.rows * self.head_dim * 2
-
-    @property
-    def powers(self) -> str:
-        return powers_of_two(self.polynomials)
 
     @property
     def tile_bytes(self) -> int:
@@ -177,25 +133,28 @@ def fits_gluon(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, softcap: float) -> b
 def prefers_gluon(queries: int, head_dim: int) -> bool:
     """Whether, where they fit, these kernels are the faster ones for about `queries` a sequence.
 
-    H200, causal, bfloat16, heads of 128, TFLOP/s of what was chosen before and of these kernels
-    (128 keys a tile, two in flight):
+    H200, causal, bfloat16, TFLOP/s of what was chosen before and of these kernels (at first, and
+    heads of 64 as they are):
 
-                       16 x 512   64 of mean 298   16 x 1024   4 x 4096   1 x 16384
-        32/8 heads     246, 285         326, 378    364, 447   526, 627    524, 672
-        16/8 heads     208, 234         288, 305    335, 411   503, 605    550, 668
-        paged, 32/8    240, 254         307, 319    348, 383   471, 566    470, 569
-        paged, 16/8    201, 216         279, 295    313, 359   455, 559    504, 602
+                               16 x 512   64 of mean 298   16 x 1024   4 x 4096   1 x 16384
+        heads of 128, 32/8     246, 285         326, 378    364, 447   526, 627    524, 672
+        16/8                   208, 234         288, 305    335, 411   503, 605    550, 668
+        paged, 32/8            240, 254         307, 319    348, 383   471, 566    470, 569
+        paged, 16/8            201, 216         279, 295    313, 359   455, 559    504, 602
+        heads of 64, 32/8      210, 198         280, 282    305, 326   414, 429    456, 454
+        16/8                   177, 164         250, 249    277, 299   406, 435    460, 460
+        paged, 32/8            189, 189         259, 259    278, 307   369, 422    396, 442
 
     With the tile of `choose_gluon_tile` they gave 330, 412, 458, 628 and 607 (16/8: 276, 360, 416,
     625, 681) later, and over the cache 304, 384, 438, 560 and 550 (248, 339, 395, 561, 545). The
     host takes 160 us for a call, 140 before; over the cache 180, 330 before. Not timed: fewer than
     64 queries, where a tile is partly empty and a decoding sequence beside prompts takes a program
-    1 us to pass over; windows; and heads of 64.
+    1 us to pass over; and windows.
     """
-    return head_dim == 128 and queries >= 64
+    return queries >= (64 if head_dim == 128 else 1024)
 
 
-def choose_gluon_tile(queries: int, most_keys: int = 0) -> GluonTile:
+def choose_gluon_tile(queries: int, head_dim: int, most_keys: int = 0) -> GluonTile:
     """Tile for sequences of about `queries` queries and, where a bound is known, `most_keys` keys.
 
     The diagonal wastes half of a tile, so that short sequences want small ones; of large ones there
@@ -209,7 +168,14 @@ def choose_gluon_tile(queries: int, most_keys: int = 0) -> GluonTile:
     A chunk of a prompt behind many keys was not timed; by these figures it wants large tiles. Tried
     and dropped, 32/8 heads: two groups of warps that take turns at the tensor cores (281, 345, 443,
     620, 613), and three groups with tiles of 64 keys (263, 347, 422, 572, 581).
+
+    Heads of 64, 32/8, where this is chosen at all (16 x 1024, 4 x 4096, 1 x 16384): 128 keys with
+    four tiles in flight 326, 429, 454, with two 302, 431, 473, 64 keys 310, 381, 402. Dropped:
+    three groups (263, 444, 512), and one or two of eight exponentials as polynomials (319, 428, 457
+    and 307, 423, 452).
     """
+    if head_dim == 64:
+        return TILE_OF_64
     is_short = queries <= SHORT_QUERIES and most_keys <= SHORT_KEYS
     return SHORT_TILE if is_short else DEFAULT_TILE
 
@@ -570,17 +536,6 @@ def masked(score_MN, position_M, start, num_keys, window_left, window_right, siz
 
 
 @gluon.jit
-def weight_of(x_MN, powers: constexpr):
-    """2^x, by the instructions of `powers_of_two` if there are any."""
-    if powers == "":
-        return gl.exp2(x_MN)
-    else:
-        return gl.inline_asm_elementwise(
-            powers, "=r,=r,=r,=r,=r,=r,=r,=r,r,r,r,r,r,r,r,r", [x_MN], gl.float32, True, 8
-        )
-
-
-@gluon.jit
 def rounded(weight_MN, dtype: constexpr):
     """In pairs: of single ones, carried round a loop, ptxas swaps the halves, and swaps them back
     (64 of the loop's 489 instructions, heads of 64, 128 keys)."""
@@ -595,12 +550,12 @@ def rounded(weight_MN, dtype: constexpr):
 
 
 @gluon.jit
-def weights_of(score_MN, max_M, sum_M, score_scale, powers: constexpr):
+def weights_of(score_MN, max_M, sum_M, score_scale):
     """The softmax of `softmax_step`, without the product: also what earlier sums shrink by."""
     new_max_M = gl.maximum(max_M, gl.max(score_MN, 1))
     # A row that has seen no key yet has maximum -inf, and -inf - -inf is NaN.
     base_M = gl.where(new_max_M == float("-inf"), 0.0, new_max_M * score_scale)
-    weight_MN = weight_of(score_MN * score_scale - base_M[:, None], powers)
+    weight_MN = gl.exp2(score_MN * score_scale - base_M[:, None])
     shrink_M = gl.exp2(max_M * score_scale - base_M)
     return weight_MN, new_max_M, sum_M * shrink_M + gl.sum(weight_MN, 1), shrink_M
 
@@ -653,29 +608,21 @@ def attend_tiles(
             score_MN = masked(
                 score_MN, position_M, start, num_keys, window_left, window_right, sizes
             )
-        # Tiles with masks have instructions enough.
-        powers: constexpr = "" if MASKED else sizes.powers
-        next_weight_MN, max_M, sum_M, shrink_M = weights_of(
-            score_MN, max_M, sum_M, score_scale, powers
-        )
-        if not sizes.rounds_late:
-            next_weight_MN = next_weight_MN.to(q_MD.dtype)
+        next_weight_MN, max_M, sum_M, shrink_M = weights_of(score_MN, max_M, sum_M, score_scale)
         # Passes at once, for it has passed above. It is a branch, over which ptxas does not move
         # the exponentials: without it they came after the next line, beside no product.
         hopper.mbarrier.wait(bars.v_full.index(v_stage), v_phase)
         acc_MD, weight_MN = hopper.warpgroup_mma_wait(0, deps=[acc, weight_MN])
         hopper.mbarrier.arrive(bars.v_empty.index(v_stage), count=1)
         acc_MD = acc_MD * gl.convert_layout(shrink_M, out_rows)[:, None]
-        if sizes.rounds_late:
-            next_weight_MN = rounded(next_weight_MN, q_MD.dtype)
-        weight_MN = gl.convert_layout(next_weight_MN, weight_layout)
+        # Only now, into the registers of the weights that were read: no copies.
+        weight_MN = gl.convert_layout(rounded(next_weight_MN, q_MD.dtype), weight_layout)
     return weight_MN, acc_MD, max_M, sum_M
 
 
 @gluon.jit
-def multiplying_warps(common, which: constexpr, sizes: constexpr):
-    """Four warps: 64 rows of each tile, `which` of its two or three parts."""
-    buffers, bars, outputs, numbers = common
+def multiplying_warps(buffers, bars, outputs, numbers, which: constexpr, sizes: constexpr):
+    """Four warps: 64 rows of each tile, `which` of the two halves."""
     q_tiles, k_tiles, v_tiles, tile_numbers = buffers
     out_ptr, lse_ptr = outputs
     num_tokens, num_slots, window_left, window_right, score_scale = numbers
@@ -731,7 +678,7 @@ def multiplying_warps(common, which: constexpr, sizes: constexpr):
         score_MN = masked(
             score_MN, position_M, last_start, num_keys, window_left, window_right, sizes
         )
-        weight_MN, max_M, sum_M, _shrink_M = weights_of(score_MN, max_M, sum_M, score_scale, "")
+        weight_MN, max_M, sum_M, _shrink_M = weights_of(score_MN, max_M, sum_M, score_scale)
         weight_MN = gl.convert_layout(weight_MN.to(q_MD.dtype), weight_layout)
         acc_MD = gl.full([sizes.rows, HEAD_DIM], 0.0, gl.float32, out_layout)
 
@@ -857,27 +804,13 @@ def attention_gluon_kernel(
     descs = (q_desc, k_desc, v_desc)
     pointers = (cu_seqlens_q_ptr, key_lengths_ptr, block_table_ptr, next_tile_ptr)
     numbers = (num_seqs, num_slots, num_tiles, table_stride, window_left, window_right)
-    common = (buffers, bars, outputs, sizes_of_batch)
-    # 65,536 registers: 232 a thread of two groups that multiply, 160 of three; the rest is of four
-    # warps, of which one loads.
-    if SIZES.groups == 2:
-        gl.warp_specialize(
-            [
-                (multiplying_warps, (common, gl.constexpr(0), SIZES)),
-                (multiplying_warps, (common, gl.constexpr(1), SIZES)),
-                (loading_warp, (descs, buffers, bars, pointers, numbers, SIZES)),
-            ],
-            [4, 1],
-            [232, 40],
-        )
-    else:
-        gl.warp_specialize(
-            [
-                (multiplying_warps, (common, gl.constexpr(0), SIZES)),
-                (multiplying_warps, (common, gl.constexpr(1), SIZES)),
-                (multiplying_warps, (common, gl.constexpr(2), SIZES)),
-                (loading_warp, (descs, buffers, bars, pointers, numbers, SIZES)),
-            ],
-            [4, 4, 1],
-            [160, 160, 32],
-        )
+    # 65,536 registers: 232 a thread that multiplies, 40 of four warps, of which one loads.
+    gl.warp_specialize(
+        [
+            (multiplying_warps, (buffers, bars, outputs, sizes_of_batch, gl.constexpr(0), SIZES)),
+            (multiplying_warps, (buffers, bars, outputs, sizes_of_batch, gl.constexpr(1), SIZES)),
+            (loading_warp, (descs, buffers, bars, pointers, numbers, SIZES)),
+        ],
+        [4, 1],
+        [232, 40],
+    )

@@ -189,7 +189,7 @@ def test_list_compiles_gluon(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(
-        bench.CANDIDATES, "prefill", lambda heads: bench.gluon_candidates(heads)[1:2]
+        bench.CANDIDATES, "prefill", lambda heads: bench.gluon_candidates(heads)[1:]
     )
     bench.list_candidates(["prefill"])
     *_, document = capsys.readouterr().out.splitlines()

@@ -544,7 +544,7 @@ def test_every_tile_of_attention_is_loaded_before_requests_come(group: int) -> N
         splits = choose_num_splits(programs, -(-width * 16 // tile.block_n), 264)
         chosen.add((tile.block_m, splits > 1))
         if prefers_gluon(-(-tokens // seqs), 128) and splits == 1:
-            in_gluon.add(choose_gluon_tile(-(-tokens // seqs), width * 16))
+            in_gluon.add(choose_gluon_tile(-(-tokens // seqs), 128, width * 16))
 
     runner._load_kernels(hidden)  # pyright: ignore[reportArgumentType]
     assert chosen == {(m, split) for m in (16, 32, 64, 128) for split in (False, True)}

@@ -26,6 +26,7 @@ from minigen.kernels.tiles import HOPPER_SHARED_BYTES
 from minigen.kernels.varlen_attention_gluon import (
     DEFAULT_TILE,
     SHORT_TILE,
+    TILE_OF_64,
     choose_gluon_tile,
     fits_gluon,
     prefers_gluon,
@@ -39,15 +40,16 @@ varlen_module = importlib.import_module("minigen.kernels.varlen_attention")
 
 
 def test_short_sequences_take_small_tiles() -> None:
-    assert [choose_gluon_tile(n) for n in (64, 298, 512, 1024)] == [SHORT_TILE] * 4
-    assert [choose_gluon_tile(n) for n in (1025, 4096, 16384)] == [DEFAULT_TILE] * 3
-    assert choose_gluon_tile(512, most_keys=512) == SHORT_TILE
-    assert choose_gluon_tile(512, most_keys=16384) == DEFAULT_TILE  # a chunk behind many keys
+    assert [choose_gluon_tile(n, 128) for n in (64, 298, 512, 1024)] == [SHORT_TILE] * 4
+    assert [choose_gluon_tile(n, 128) for n in (1025, 4096, 16384)] == [DEFAULT_TILE] * 3
+    assert choose_gluon_tile(512, 128, most_keys=512) == SHORT_TILE
+    assert choose_gluon_tile(512, 128, most_keys=16384) == DEFAULT_TILE  # behind many keys
+    assert choose_gluon_tile(1024, 64) == choose_gluon_tile(16384, 64) == TILE_OF_64
 
 
-def test_few_queries_and_what_was_not_timed_stay() -> None:
+def test_few_queries_stay() -> None:
     assert [prefers_gluon(n, 128) for n in (1, 63, 64, 5000)] == [False, False, True, True]
-    assert not prefers_gluon(5000, 64)
+    assert [prefers_gluon(n, 64) for n in (64, 1023, 1024, 5000)] == [False, False, True, True]
 
 
 widths = st.integers(1, TILED_WIDTH // 8).map(lambda n: 8 * n)
@@ -231,6 +233,7 @@ def test_packed_prompts_run_in_gluon(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(2048, 4) == (SHORT_TILE, False)
     assert run(2048, 1) == (DEFAULT_TILE, False)
     assert run(2048, 33) == (None, False)
-    assert run(5000, 1, dim=64) == (None, True)
+    assert run(5000, 1, dim=64) == (TILE_OF_64, False)
+    assert run(5000, 8, dim=64)[0] is None
     monkeypatch.setattr(gluon_module, "runs_gluon", lambda _: False)
     assert run(2048, 4) == (None, True)

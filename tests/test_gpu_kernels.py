@@ -39,6 +39,7 @@ from minigen.kernels.varlen_attention_gluon import (
     DEFAULT_TILE,
     GROUPS,
     SHORT_TILE,
+    TILE_OF_64,
     GluonTile,
     fits_gluon,
     launch_gluon,
@@ -272,9 +273,8 @@ in_gluon_kinds = pytest.mark.parametrize(
     [
         (torch.bfloat16, 4, 128, DEFAULT_TILE),
         (torch.float16, 2, 64, GluonTile(block_n=64, stages=3, query_stages=1)),
-        (torch.bfloat16, 4, 64, GluonTile(stages=4, rounds_late=True)),
-        (torch.float16, 8, 64, GluonTile(64, stages=6, groups=3, rounds_late=True)),
-        (torch.bfloat16, 1, 64, GluonTile(stages=3, groups=3, rounds_late=True, polynomials=2)),
+        (torch.bfloat16, 4, 64, TILE_OF_64),
+        (torch.float16, 8, 128, SHORT_TILE),
     ],
 )
 
@@ -315,7 +315,7 @@ def test_paged_in_gluon_equals_definition(
 @contextlib.contextmanager
 def sees_gluon(operation: str, preferred: bool = False) -> Iterator[mock.Mock]:
     """What the operation launches in Gluon; keys are not split, however few the sequences are.
-    `preferred`: also heads for which it is not chosen."""
+    `preferred`: also for fewer queries than it is chosen for."""
     module = importlib.import_module(f"minigen.kernels.{operation}")
     with contextlib.ExitStack() as stack:
         if preferred:

@@ -45,7 +45,7 @@ from minigen.kernels.gluon_import import KNOWN_GLUON
 from minigen.kernels.paged_attention import paged_attention_kernel, paged_attention_triton
 from minigen.kernels.tiles import Tile, score_arguments, tile_arguments, window_arguments
 from minigen.kernels.varlen_attention import varlen_attention_kernel, varlen_attention_triton
-from minigen.kernels.varlen_attention_gluon import DEFAULT_TILE, ROWS, SHORT_TILE, GluonTile, Sizes
+from minigen.kernels.varlen_attention_gluon import DEFAULT_TILE, SHORT_TILE, GluonTile, Sizes
 from minigen.kernels.varlen_attention_tma import varlen_attention_tma_kernel
 from tools.attention_backward import (
     BackwardCandidate,
@@ -94,7 +94,7 @@ class Candidate(NamedTuple):
 
     def __str__(self) -> str:
         if isinstance(self.tile, GluonTile):
-            return self._gluon_words(self.tile)
+            return f"gluon 128x{self.tile.block_n} s{self.tile.stages}"
         m, q, n, _, warps, stages, mask_all, registers = self.tile
         words = [f"{m}x{n}", f"w{warps}", f"s{stages}"]
         words += ["packed"] if q < m else []
@@ -103,13 +103,6 @@ class Candidate(NamedTuple):
         words += ["tma"] if self.descriptors else []
         words += ["specialised"] if self.specialised else []
         words += [f"splits{self.num_splits}"] if self.num_splits else []
-        return " ".join(words)
-
-    @staticmethod
-    def _gluon_words(tile: GluonTile) -> str:
-        words = [f"gluon {ROWS * tile.groups}x{tile.block_n} s{tile.stages}"]
-        words += ["late"] if tile.rounds_late else []
-        words += [f"polynomials{tile.polynomials}"] if tile.polynomials else []
         return " ".join(words)
 
     @property
@@ -132,15 +125,9 @@ def name_of(candidate: AnyCandidate | None) -> str:
 
 
 def gluon_candidates(heads: Heads) -> list[Candidate]:
-    """Large tiles and small ones; of heads of 64 as many in flight as of small ones, and what they
-    may want besides, with twice the exponentials a product."""
+    """Large tiles and small ones; of heads of 64 as many in flight as of small ones."""
     large = DEFAULT_TILE if heads.dim == 128 else DEFAULT_TILE._replace(stages=4)
-    tiles = [large, SHORT_TILE]
-    tiles += [tile._replace(rounds_late=True) for tile in tiles]
-    if heads.dim == 64:
-        tiles.append(large._replace(stages=3, groups=3, rounds_late=True))
-        tiles.append(large._replace(rounds_late=True, polynomials=1))
-    return [Candidate(tile) for tile in tiles if KNOWN_GLUON]
+    return [Candidate(tile) for tile in (large, SHORT_TILE) if KNOWN_GLUON]
 
 
 def varlen_candidates(heads: Heads) -> list[Candidate]:
