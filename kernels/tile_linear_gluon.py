@@ -37,7 +37,7 @@ from minigen.kernels.tiles import fits_descriptor, on_device_of, power_of_two
 from minigen.kernels.triton_import import triton
 from minigen.kernels.varlen_attention_gluon import runs_gluon
 
-MULTIPROCESSORS = 132
+MULTIPROCESSORS = 132  # of the GPUs that were timed; others get tiles that are right, too
 # Of shared memory for a program alone on a multiprocessor, and for one of two.
 ALL_BYTES, HALF_BYTES = 213 * 1024, 108 * 1024
 MOST_CHUNKS = 12
@@ -115,6 +115,7 @@ def choose_rows_tile(
 ) -> GluonLinearTile:
     """64 rows of weights by up to 128 of x, in chunks of 128 inputs, as many of them at once as let
     two programs share a multiprocessor; where there is one for each at most, as many as fit it.
+    `parts`: 0 for an output that is not divided.
 
     Of what was timed for the four layers of Qwen3-0.6B and of Llama-3.1-8B (H200). The 448 programs
     of the larger model's gate and up take 59.7 us at 8 rows where two share a multiprocessor, and
@@ -128,10 +129,12 @@ def choose_rows_tile(
     block_t = min(max(power_of_two(num_rows), 8), 128)
     block_f = 32 if is_gated else 64
     programs = triton.cdiv(num_rows, block_t) * triton.cdiv(num_outputs, block_f) * max(parts, 1)
-    room = (ALL_BYTES if programs <= MULTIPROCESSORS or block_t >= 64 else HALF_BYTES) // 256
+    room = ALL_BYTES if programs <= MULTIPROCESSORS or block_t >= 64 else HALF_BYTES
     x_stages = 3 if block_t == 128 else 4
+    row_bytes = 128 * 2
+    fitting = (room - x_stages * block_t * row_bytes) // (64 * row_bytes)
     chunks = triton.cdiv(triton.cdiv(num_inputs, 128), max(parts, 1))
-    weight_stages = min((room - x_stages * block_t) // 64, max(chunks, 2), MOST_CHUNKS)
+    weight_stages = min(fitting, max(chunks, 2), MOST_CHUNKS)
     return GluonLinearTile(block_t, block_f, 128, x_stages, weight_stages)
 
 
