@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from minigen.llm import LLM
-    from minigen.sampling import SamplingParams
+    from minigen.sampling_params import SamplingParams
 
 __all__ = ["LLM", "SamplingParams"]
 __version__ = "0.1.0"
@@ -17,7 +17,7 @@ def __getattr__(name: str) -> Any:
 
         return LLM
     if name == "SamplingParams":
-        from minigen.sampling import SamplingParams
+        from minigen.sampling_params import SamplingParams
 
         return SamplingParams
     raise AttributeError(f"module 'minigen' has no attribute {name!r}")

@@ -21,7 +21,7 @@ from minigen.measure import (
 )
 from minigen.outputs import RequestOutput
 from minigen.report import bar
-from minigen.sampling import SamplingParams
+from minigen.sampling_params import SamplingParams
 from minigen.workloads import Request
 
 NANO_TEMPERATURE = 0.6

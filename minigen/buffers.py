@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minigen.sampling import SamplingTensors
+from minigen.sampling_rows import SamplingTensors
 from minigen.step import StepSize
 
 

@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _check_sampling(overrides: dict[str, Any]) -> None:
     """Refuse values out of range before a model is loaded."""
-    from minigen.sampling import SamplingParams
+    from minigen.sampling_params import SamplingParams
 
     # Without a limit of its own a reply may fill the context, so min_tokens alone is no mistake.
     SamplingParams(**{"max_tokens": None, **overrides})

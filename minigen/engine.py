@@ -14,7 +14,8 @@ from typing import Any
 
 from minigen.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from minigen.runner import ChosenLogprobs, Launched, Runner
-from minigen.sampling import Row, SamplingParams, TokenCounts
+from minigen.sampling_params import SamplingParams
+from minigen.sampling_rows import Row, TokenCounts
 from minigen.scheduler import Chunk, Scheduler, Sequence
 from minigen.text import TextStream
 from minigen.weights.tokenizer import Tokenizer

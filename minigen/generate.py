@@ -24,7 +24,7 @@ from minigen.weights.fingerprint import fingerprint
 if TYPE_CHECKING:
     from minigen.llm import LLM
     from minigen.outputs import CompletionOutput, Logprob, RequestOutput
-    from minigen.sampling import SamplingParams
+    from minigen.sampling_params import SamplingParams
 
 DEFAULT_MAX_TOKENS = 256
 # Requests handed to the engine at once: enough that a finished one is replaced within the step,
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
                 f"--{name.replace('_', '-')} has no place in texts that are printed: give --output "
                 "FILE, too"
             )
-    from minigen.sampling import SamplingParams
+    from minigen.sampling_params import SamplingParams
 
     overrides = {"max_tokens": DEFAULT_MAX_TOKENS, **cli.sampling_overrides(args)}
     SamplingParams(**overrides)  # refused before a model is loaded
@@ -254,7 +254,7 @@ def _check_prompt(kind: str, value: Any) -> None:
 
 
 def _check_params(params: Mapping[str, Any], overrides: Mapping[str, Any]) -> None:
-    from minigen.sampling import SamplingParams
+    from minigen.sampling_params import SamplingParams
 
     SamplingParams(**{**overrides, **_parameters(params)})
 

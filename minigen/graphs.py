@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from minigen.buffers import HostCopies, StepBuffers
-from minigen.sampling import SamplingTensors
+from minigen.sampling_rows import SamplingTensors
 from minigen.step import StepSize, StepTensors
 
 HIDDEN = "hidden"  # in the place of a head: the hidden states [T, E] are what is wanted

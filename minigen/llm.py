@@ -18,7 +18,7 @@ from minigen.engine import Engine, is_integer, items_of
 from minigen.model import DTYPES, Decoder, DecoderConfig
 from minigen.outputs import RequestOutput
 from minigen.runner import Runner, check_compile_mode
-from minigen.sampling import SamplingParams
+from minigen.sampling_params import SamplingParams
 from minigen.scheduler import Scheduler
 from minigen.start import compiler_imported
 from minigen.weights.checkpoint import read_generation_config

@@ -43,15 +43,9 @@ from minigen.model import (
     closing_norm,
     open_layer,
 )
-from minigen.sampling import (
-    Row,
-    RowBatch,
-    SamplingParams,
-    SamplingTensors,
-    draw,
-    edit_logits,
-    top_logprobs,
-)
+from minigen.sampling import draw, edit_logits, top_logprobs
+from minigen.sampling_params import SamplingParams
+from minigen.sampling_rows import Row, RowBatch, SamplingTensors
 from minigen.scheduler import Chunk
 from minigen.start import share_triton_cache
 from minigen.step import StepSize, StepTensors, StepWriter

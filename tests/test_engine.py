@@ -52,7 +52,7 @@ from minigen.kernels.varlen_attention_gluon import (
 )
 from minigen.model import Decoder, DecoderConfig
 from minigen.runner import COMPILE_MODES, Runner, guards_beside_model, kinds_of_layers
-from minigen.sampling import SamplingTensors
+from minigen.sampling_rows import SamplingTensors
 from minigen.scheduler import Scheduler
 from minigen.step import StepSize
 from minigen.weights.chat_template import ChatTemplates

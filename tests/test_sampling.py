@@ -17,16 +17,9 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from minigen import sampling
-from minigen.sampling import (
-    MAX_CANDIDATES,
-    Row,
-    SamplingParams,
-    SamplingTensors,
-    TokenCounts,
-    draw,
-    edit_logits,
-    top_logprobs,
-)
+from minigen.sampling import draw, edit_logits, top_logprobs
+from minigen.sampling_params import SamplingParams
+from minigen.sampling_rows import MAX_CANDIDATES, Mode, Row, SamplingTensors, TokenCounts
 
 CPU = torch.device("cpu")
 MODES = ("plain", "top_k", "sort")
@@ -36,7 +29,7 @@ def make_row(params: SamplingParams, seed=0, sample=0, position=0, prompt=(), ou
     return Row(params, seed, sample, position, prompt, outputs, **more)
 
 
-def draw_rows(logits_RV: Tensor, rows: list[Row], mode: sampling.Mode | None = None) -> list[int]:
+def draw_rows(logits_RV: Tensor, rows: list[Row], mode: Mode | None = None) -> list[int]:
     tensors = SamplingTensors.from_rows(rows, logits_RV.shape[1], logits_RV.device)
     return draw(logits_RV, *tensors.tensors(), mode=mode or tensors.mode).tolist()
 
@@ -723,7 +716,7 @@ def batch(num_rows: int, changes: list[dict], vocab_size: int, device: torch.dev
 
 
 def compiled_like_eager(
-    mode: sampling.Mode, changes: list[dict], vocab_size: int, device: torch.device
+    mode: Mode, changes: list[dict], vocab_size: int, device: torch.device
 ) -> None:
     """One compilation takes every number of rows, and draws what eager on the CPU draws."""
     torch._dynamo.reset()

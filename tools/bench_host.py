@@ -18,7 +18,7 @@ from minigen import LLM, SamplingParams
 from minigen.graphs import HIDDEN
 from minigen.measure import device_name, synchronize
 from minigen.report import print_document, table
-from minigen.sampling import SamplingTensors
+from minigen.sampling_rows import SamplingTensors
 from minigen.step import StepSize
 from tools.common import model_config, parser, run, tokens_of
 

@@ -36,7 +36,7 @@ from minigen.model import Decoder, DecoderConfig
 from minigen.outputs import CompletionOutput
 from minigen.packing import pack
 from minigen.report import bar, print_document, table
-from minigen.sampling import SamplingParams
+from minigen.sampling_params import SamplingParams
 from minigen.scheduler import Sequence as Running
 from minigen.trainer import TrainingModel
 from tools.common import model_config, parser, run

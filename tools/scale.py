@@ -32,7 +32,7 @@ from minigen.measure import (
 )
 from minigen.outputs import RequestOutput
 from minigen.report import bar, print_document, table
-from minigen.sampling import SamplingParams
+from minigen.sampling_params import SamplingParams
 from tools.common import Plot, model_config, parser, run, tokens_of
 
 CPU_BATCHES, GPU_BATCHES = (1, 2, 4, 8, 16, 32), (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
