@@ -1,6 +1,6 @@
 """minigen's operations on the flat batch: `torch.library` operations with CPU and GPU kernels."""
 
-from minigen.kernels.decoder_layer import LayerWeights, decoder_layer
+from minigen.kernels.decoder_layers import LayerWeights, decoder_layers
 from minigen.kernels.few_rows_linear import few_rows_linear
 from minigen.kernels.kv_cache_write import kv_cache_write
 from minigen.kernels.linear import linear
@@ -12,7 +12,7 @@ from minigen.kernels.varlen_attention import varlen_attention
 
 __all__ = [
     "LayerWeights",
-    "decoder_layer",
+    "decoder_layers",
     "few_rows_linear",
     "kv_cache_write",
     "linear",

@@ -19,8 +19,10 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <condition_variable>
 #include <cstring>
-#include <thread>
+#include <map>
+#include <mutex>
 #include <type_traits>
 #include <vector>
 #ifdef _OPENMP
@@ -35,7 +37,7 @@ using Vec = Vectorized<float>;
 constexpr int64_t LANES = Vec::size();
 // Rows up to which a linear layer is faster here than in at::linear; the figures are in tools/LOG.md.
 constexpr int64_t MOST_ROWS = 32;
-// Turns that a thread spins for others before it yields its core, some tens of microseconds.
+// Turns that a thread spins for others before it sleeps, some tens of microseconds.
 constexpr int64_t PATIENCE = 2000;
 constexpr int64_t KEYS = 64;
 constexpr int64_t ROWS = 64;
@@ -314,7 +316,7 @@ at::Tensor any_linear(
   if (x_TE.size(0) > MOST_ROWS) return at::linear(x_TE, weight_FE, bias_F);
   auto x = x_TE.stride(1) == 1 ? x_TE : x_TE.contiguous();
   auto weight = weight_FE.contiguous();
-  auto bias = bias_F.has_value() ? bias_F->contiguous() : at::Tensor();
+  auto bias = bias_F.has_value() && bias_F->defined() ? bias_F->contiguous() : at::Tensor();
   TORCH_CHECK_VALUE(
       !bias.defined() || (bias.numel() == weight.size(0) && bias.scalar_type() == x.scalar_type()),
       "bias must be [", weight.size(0), "] of ", x.scalar_type(), ", got ", bias.sizes());
@@ -799,11 +801,12 @@ std::vector<Item> one_head_each(const std::vector<Item>& items) {
   return single;
 }
 
-// One call's work: threads `attend` together, and where there is something to merge, one does so
-// after all have ended.
+// Work that threads `attend` to together, and where there is something to merge, one does so after
+// all have ended. For layers that follow one another, one thread sets each one's cache by `begin`
+// while no other attends.
 template <typename T>
 struct Attending {
-  const Problem& p;
+  const Problem p;
   const T *q, *k, *v;
   T* out;
   std::vector<Item> items;
@@ -813,6 +816,11 @@ struct Attending {
   std::atomic<int64_t> taken{0};
 
   Attending(const Problem& p, const T* q, const T* k, const T* v, T* out);
+  void begin(const T* keys, const T* values) {
+    k = keys;
+    v = values;
+    taken = 0;
+  }
   void attend();
   void merge();
   void write(int64_t row, int64_t head, int64_t token, const float* sum, float total) const;
@@ -1003,7 +1011,7 @@ at::Tensor paged_attention(
   return out;
 }
 
-// --- a layer -------------------------------------------------------------------------------------
+// --- layers -------------------------------------------------------------------------------------
 
 // Threads that go through one parallel region and meet in it.
 struct Team {
@@ -1015,6 +1023,8 @@ struct Team {
 
   alignas(64) std::atomic<int> arrived{0};
   alignas(64) std::atomic<int> meetings{0};
+  std::mutex mutex;
+  std::condition_variable met;
 
   static int rank() {
 #ifdef _OPENMP
@@ -1032,16 +1042,26 @@ struct Team {
 #endif
   }
 
-  // Returns once all have come.
+  // Returns once all have come. Who waits long sleeps, so that the system finds a free core for the
+  // one that does not run.
   void meet() {
     const int now = meetings.load(std::memory_order_acquire);
     if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == size()) {
       arrived.store(0, std::memory_order_relaxed);
-      meetings.store(now + 1, std::memory_order_release);
+      {
+        const std::lock_guard<std::mutex> lock(mutex);
+        meetings.store(now + 1, std::memory_order_release);
+      }
+      met.notify_all();
       return;
     }
-    for (int64_t i = 0; meetings.load(std::memory_order_acquire) == now; ++i)
-      i < PATIENCE ? relax() : std::this_thread::yield();  // others may need this core to come
+    auto over = [&] { return meetings.load(std::memory_order_acquire) != now; };
+    for (int64_t i = 0; i < PATIENCE; ++i) {
+      if (over()) return;
+      relax();
+    }
+    std::unique_lock<std::mutex> lock(mutex);
+    met.wait(lock, over);
   }
 };
 
@@ -1078,47 +1098,65 @@ void write_tile(
   each_row([&](int64_t r, size_t bytes) { std::memcpy(out + r * stride, tile + r * N, bytes); });
 }
 
-// What a layer is, beside the rows it takes.
+// A layer's weights and cache, and how it attends.
 struct Layer {
   at::Tensor norm_E, qkv_FE, qkv_bias_F, q_norm_D, k_norm_D, o_EF, o_bias_E;
-  at::Tensor mlp_norm_E, gate_up_FE, gate_up_bias_F, down_EF, down_bias_E;
-  float eps;
+  at::Tensor mlp_norm_E, gate_up_FE, gate_up_bias_F, down_EF, down_bias_E, k_cache, v_cache;
+  bool rotates;
+  int64_t left;  // of its window
 };
 
-// The layer's output for at most MOST_ROWS rows, in one parallel region.
+// The rotation and cache write of a layer; `step` has what all of them share.
 template <typename T>
-void layer_rows(
-    const Layer& layer, const Problem& p, Rope<T> rope, const at::Tensor& x_TE, T* k_cache,
-    T* v_cache, at::Tensor& out_TE) {
+Rope<T> rope_of(const Layer& layer, Rope<T> step) {
+  step.half = layer.rotates ? step.table_width : 0;
+  step.k = layer.k_cache.mutable_data_ptr<T>();
+  step.v = layer.v_cache.mutable_data_ptr<T>();
+  if (layer.q_norm_D.defined()) {
+    step.q_norm = layer.q_norm_D.const_data_ptr<T>();
+    step.k_norm = layer.k_norm_D.const_data_ptr<T>();
+  }
+  return step;
+}
+
+// The layers' output for at most MOST_ROWS rows, in one parallel region.
+template <typename T>
+void layers_rows(
+    const std::vector<Layer>& layers, const Problem& problem, Rope<T> step, const at::Tensor& x_TE,
+    at::Tensor& out_TE) {
   constexpr int64_t N = Weight<T>::N;
-  const Weight<T> qkv(layer.qkv_FE, layer.qkv_bias_F), o(layer.o_EF, layer.o_bias_E);
-  const Weight<T> gate_up(layer.gate_up_FE, layer.gate_up_bias_F), down(layer.down_EF, layer.down_bias_E);
-  const T *norm = layer.norm_E.const_data_ptr<T>(), *mlp_norm = layer.mlp_norm_E.const_data_ptr<T>();
-  const int64_t rows = x_TE.size(0), width = x_TE.size(1), hidden_width = down.depth;
+  const int64_t rows = x_TE.size(0), width = x_TE.size(1);
+  const int64_t qkv_width = layers[0].qkv_FE.size(0), q_width = layers[0].o_EF.size(1);
+  const int64_t hidden_width = layers[0].down_EF.size(1);
   const int64_t num_threads = at::get_num_threads();
-  const T* x = x_TE.const_data_ptr<T>();
   T* out = out_TE.mutable_data_ptr<T>();
 
   // Rows between the stages; each thread norms all rows for itself.
-  const int64_t row_width = qkv.outputs + 2 * o.depth + width + hidden_width + num_threads * width;
+  const int64_t row_width = qkv_width + 2 * q_width + width + hidden_width + num_threads * width;
   auto memory = at::empty({rows * row_width}, x_TE.options());
   T* qkv_rows = memory.mutable_data_ptr<T>();
-  T* q_rows = qkv_rows + rows * qkv.outputs;
-  T* attended = q_rows + rows * o.depth;
-  T* middle = attended + rows * o.depth;
+  T* q_rows = qkv_rows + rows * qkv_width;
+  T* attended = q_rows + rows * q_width;
+  T* middle = attended + rows * q_width;
   T* hidden = middle + rows * width;
   T* normed_rows = hidden + rows * hidden_width;
-  rope.qkv = qkv_rows;
-  rope.q = q_rows;
-  Attending<T> attending(p, q_rows, k_cache, v_cache, attended);
+  step.qkv = qkv_rows;
+  step.q = q_rows;
+  std::map<int64_t, Attending<T>> attendings;  // by window
+  for (const Layer& layer : layers) {
+    Problem p = problem;
+    p.left = layer.left;
+    attendings.try_emplace(layer.left, p, q_rows, nullptr, nullptr, attended);
+  }
 
   Team team;
 #pragma omp parallel num_threads(num_threads) if (num_threads > 1)
   {
     T* normed = normed_rows + Team::rank() * rows * width;
-    auto norm_rows = [&](const T* from, const T* weight) {
+    auto norm_rows = [&](const T* from, const at::Tensor& weight_E) {
+      const T* weight = weight_E.const_data_ptr<T>();
       for (int64_t r = 0; r < rows; ++r)
-        norm_row(from + r * width, weight, layer.eps, width, normed + r * width);
+        norm_row(from + r * width, weight, step.eps, width, normed + r * width);
     };
     // x and weight's product plus `add`, if any.
     auto multiply = [&](const T* from, const Weight<T>& weight, const T* add, T* to) {
@@ -1132,35 +1170,45 @@ void layer_rows(
       }
     };
 
-    norm_rows(x, norm);
-    multiply(normed, qkv, nullptr, qkv_rows);
-    team.meet();
-    const Share tokens(rows);
-    for (int64_t t = tokens.begin; t < tokens.end; ++t) rope.write(t);
-    team.meet();
-    attending.attend();
-    team.meet();
-    if (!attending.merges.empty()) {
-      if (Team::rank() == 0) attending.merge();
+    const T* x = x_TE.const_data_ptr<T>();
+    for (const Layer& layer : layers) {
+      const Weight<T> gate_up(layer.gate_up_FE, layer.gate_up_bias_F);
+      Attending<T>& attending = attendings.at(layer.left);
+      norm_rows(x, layer.norm_E);
+      multiply(normed, Weight<T>(layer.qkv_FE, layer.qkv_bias_F), nullptr, qkv_rows);
       team.meet();
+      const Rope<T> rope = rope_of(layer, step);
+      if (Team::rank() == 0) attending.begin(rope.k, rope.v);
+      const Share tokens(rows);
+      for (int64_t t = tokens.begin; t < tokens.end; ++t) rope.write(t);
+      team.meet();
+      attending.attend();
+      team.meet();
+      if (!attending.merges.empty()) {
+        if (Team::rank() == 0) attending.merge();
+        team.meet();
+      }
+      multiply(attended, Weight<T>(layer.o_EF, layer.o_bias_E), x, middle);
+      team.meet();
+      norm_rows(middle, layer.mlp_norm_E);
+      const Share share((hidden_width + N - 1) / N);
+      for (int64_t n = share.begin * N; n < std::min(share.end * N, hidden_width); n += N) {
+        const int64_t count = std::min<int64_t>(N, hidden_width - n);
+        float gate[MOST_ROWS * N], up[MOST_ROWS * N];
+        gate_up.multiply(
+            normed, width, rows, n, count, gate, N, gate_up.after(n, share.end * N, rows));
+        gate_up.multiply(
+            normed, width, rows, hidden_width + n, count, up, N,
+            gate_up.after(hidden_width + n, hidden_width + share.end * N, rows));
+        for (int64_t i = 0; i < rows * N; i += LANES)
+          gated(Vec::loadu(gate + i), Vec::loadu(up + i)).store(gate + i);
+        write_tile<T>(gate, rows, count, nullptr, hidden_width, hidden + n);
+      }
+      team.meet();
+      multiply(hidden, Weight<T>(layer.down_EF, layer.down_bias_E), middle, out);
+      team.meet();
+      x = out;
     }
-    multiply(attended, o, x, middle);
-    team.meet();
-    norm_rows(middle, mlp_norm);
-    const Share share((hidden_width + N - 1) / N);
-    for (int64_t n = share.begin * N; n < std::min(share.end * N, hidden_width); n += N) {
-      const int64_t count = std::min<int64_t>(N, hidden_width - n);
-      float gate[MOST_ROWS * N], up[MOST_ROWS * N];
-      gate_up.multiply(normed, width, rows, n, count, gate, N, gate_up.after(n, share.end * N, rows));
-      gate_up.multiply(
-          normed, width, rows, hidden_width + n, count, up, N,
-          gate_up.after(hidden_width + n, hidden_width + share.end * N, rows));
-      for (int64_t i = 0; i < rows * N; i += LANES)
-        gated(Vec::loadu(gate + i), Vec::loadu(up + i)).store(gate + i);
-      write_tile<T>(gate, rows, count, nullptr, hidden_width, hidden + n);
-    }
-    team.meet();
-    multiply(hidden, down, middle, out);
   }
 }
 
@@ -1204,75 +1252,86 @@ at::Tensor gate_all(const at::Tensor& x_TF) {
   return out;
 }
 
-at::Tensor decoder_layer(
-    const at::Tensor& x_TE, const at::Tensor& norm_E, const at::Tensor& qkv_FE,
-    const std::optional<at::Tensor>& qkv_bias_F, const std::optional<at::Tensor>& q_norm_D,
-    const std::optional<at::Tensor>& k_norm_D, const at::Tensor& o_EF,
-    const std::optional<at::Tensor>& o_bias_E, const at::Tensor& mlp_norm_E,
-    const at::Tensor& gate_up_FE, const std::optional<at::Tensor>& gate_up_bias_F,
-    const at::Tensor& down_EF, const std::optional<at::Tensor>& down_bias_E,
-    const at::Tensor& cos_TR, const at::Tensor& sin_TR, at::Tensor k_cache, at::Tensor v_cache,
-    const at::Tensor& slots_T, const at::Tensor& cu_seqlens, const at::Tensor& kv_lens_S,
-    const at::Tensor& block_table_SW, double eps, bool rotates, double scale, int64_t left,
-    int64_t right) {
-  const auto x = x_TE.contiguous();
-  const int64_t rows = x.size(0), width = x.size(1), kv_heads = k_cache.size(2);
-  const int64_t head_dim = k_cache.size(3), heads = qkv_FE.size(0) / head_dim - 2 * kv_heads;
-  const int64_t hidden_width = down_EF.size(1);
-  auto checked = [&](const char* name, const std::optional<at::Tensor>& tensor, at::IntArrayRef sizes) {
-    if (!tensor.has_value()) return at::Tensor();
+at::Tensor decoder_layers(
+    const at::Tensor& x_TE, at::TensorList norms_E, at::TensorList qkvs_FE,
+    at::TensorList qkv_biases_F, at::TensorList q_norms_D, at::TensorList k_norms_D,
+    at::TensorList os_EF, at::TensorList o_biases_E, at::TensorList mlp_norms_E,
+    at::TensorList gate_ups_FE, at::TensorList gate_up_biases_F, at::TensorList downs_EF,
+    at::TensorList down_biases_E, const at::Tensor& cos_TR, const at::Tensor& sin_TR,
+    at::TensorList k_caches, at::TensorList v_caches, const at::Tensor& slots_T,
+    const at::Tensor& cu_seqlens, const at::Tensor& kv_lens_S, const at::Tensor& block_table_SW,
+    double eps, double scale, const c10::List<bool>& rotates, at::IntArrayRef lefts) {
+  auto x = x_TE.contiguous();
+  const size_t num_layers = k_caches.size();
+  TORCH_CHECK_VALUE(
+      num_layers > 0 && rotates.size() == num_layers && lefts.size() == num_layers,
+      "rotates and windows must be one for each of ", num_layers, " layers, got ", rotates.size(),
+      " and ", lefts.size());
+  const auto cache_sizes = k_caches[0].sizes();
+  const int64_t rows = x.size(0), width = x.size(1), kv_heads = cache_sizes[2];
+  const int64_t head_dim = cache_sizes[3], heads = qkvs_FE[0].size(0) / head_dim - 2 * kv_heads;
+  const int64_t row = (heads + 2 * kv_heads) * head_dim, hidden_width = downs_EF[0].size(1);
+  // A layer's own of one kind of tensors; none where no layer has any.
+  auto checked = [&](const char* name, at::TensorList tensors, size_t i, at::IntArrayRef sizes) {
+    if (tensors.empty()) return at::Tensor();
     TORCH_CHECK_VALUE(
-        tensor->sizes() == sizes && tensor->scalar_type() == x.scalar_type() && tensor->is_contiguous(),
-        name, " must be contiguous ", sizes, " of ", x.scalar_type(), ", got ", tensor->sizes(), " of ",
-        tensor->scalar_type());
-    return *tensor;
+        tensors.size() == num_layers, name, " must be one for each of ", num_layers,
+        " layers, got ", tensors.size());
+    const at::Tensor& tensor = tensors[i];
+    TORCH_CHECK_VALUE(
+        tensor.sizes() == sizes && tensor.scalar_type() == x.scalar_type() && tensor.is_contiguous(),
+        name, " of layer ", i, " must be contiguous ", sizes, " of ", x.scalar_type(), ", got ",
+        tensor.sizes(), " of ", tensor.scalar_type());
+    return tensor;
   };
-  const Layer layer{
-      checked("norm", norm_E, {width}),
-      checked("qkv", qkv_FE, {(heads + 2 * kv_heads) * head_dim, width}),
-      checked("qkv_bias", qkv_bias_F, {(heads + 2 * kv_heads) * head_dim}),
-      checked("q_norm", q_norm_D, {head_dim}),
-      checked("k_norm", k_norm_D, {head_dim}),
-      checked("o", o_EF, {width, heads * head_dim}),
-      checked("o_bias", o_bias_E, {width}),
-      checked("mlp_norm", mlp_norm_E, {width}),
-      checked("gate_up", gate_up_FE, {2 * hidden_width, width}),
-      checked("gate_up_bias", gate_up_bias_F, {2 * hidden_width}),
-      checked("down", down_EF, {width, hidden_width}),
-      checked("down_bias", down_bias_E, {width}),
-      float(eps)};
+  std::vector<Layer> layers;
+  layers.reserve(num_layers);
+  for (size_t i = 0; i < num_layers; ++i)
+    layers.push_back(
+        {checked("norm", norms_E, i, {width}), checked("qkv", qkvs_FE, i, {row, width}),
+         checked("qkv_bias", qkv_biases_F, i, {row}), checked("q_norm", q_norms_D, i, {head_dim}),
+         checked("k_norm", k_norms_D, i, {head_dim}),
+         checked("o", os_EF, i, {width, heads * head_dim}),
+         checked("o_bias", o_biases_E, i, {width}), checked("mlp_norm", mlp_norms_E, i, {width}),
+         checked("gate_up", gate_ups_FE, i, {2 * hidden_width, width}),
+         checked("gate_up_bias", gate_up_biases_F, i, {2 * hidden_width}),
+         checked("down", downs_EF, i, {width, hidden_width}),
+         checked("down_bias", down_biases_E, i, {width}),
+         checked("k_cache", k_caches, i, cache_sizes), checked("v_cache", v_caches, i, cache_sizes),
+         rotates[i], lefts[i]});
   const auto slots = slots_T.contiguous();
   const auto offsets = cu_seqlens.contiguous(), kv_lens = kv_lens_S.contiguous();
   const auto table = block_table_SW.stride(1) == 1 ? block_table_SW : block_table_SW.contiguous();
   const Problem p = checked_problem(
-      rows, heads, k_cache, offsets, kv_lens, table, scale, left, right, 0.0);
+      rows, heads, k_caches[0], offsets, kv_lens, table, scale, -1, 0, 0.0);
   auto out = at::empty_like(x);
   by_dtype(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    const bool has_norms = layer.q_norm_D.defined() && layer.k_norm_D.defined();
-    const int64_t half = cos_TR.size(1), row = (heads + 2 * kv_heads) * head_dim;
-    T *k = k_cache.mutable_data_ptr<T>(), *v = v_cache.mutable_data_ptr<T>();
-    Rope<T> rope{
+    const int64_t half = cos_TR.size(1);
+    Rope<T> step{
         nullptr, row, head_dim, heads, kv_heads, head_dim, cos_TR.const_data_ptr<float>(),
-        sin_TR.const_data_ptr<float>(), rotates ? half : 0, half, checked_slots(slots, k_cache),
-        nullptr, k, v, has_norms ? layer.q_norm_D.const_data_ptr<T>() : nullptr,
-        has_norms ? layer.k_norm_D.const_data_ptr<T>() : nullptr, layer.eps};
-    if (rows <= MOST_ROWS) return layer_rows(layer, p, rope, x, k, v, out);
+        sin_TR.const_data_ptr<float>(), half, half, checked_slots(slots, k_caches[0]), nullptr,
+        nullptr, nullptr, nullptr, nullptr, float(eps)};
+    if (rows <= MOST_ROWS) return layers_rows(layers, p, step, x, out);
 
-    const auto normed = norm_all(x, layer.norm_E, layer.eps);
-    const at::Tensor qkv = any_linear(normed, qkv_FE, qkv_bias_F);
     const at::Tensor q = at::empty({rows, heads, head_dim}, x.options());
-    rope.qkv = qkv.const_data_ptr<T>();
-    rope.q = q.mutable_data_ptr<T>();
-    at::parallel_for(0, rows, 64, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) rope.write(t);
-    });
-    const auto attended = paged_attention(
-        q, k_cache, v_cache, offsets, kv_lens, table, scale, left, right, 0.0);
-    const at::Tensor middle = at::add(x, any_linear(attended.flatten(1), o_EF, o_bias_E));
-    const auto normed_middle = norm_all(middle, layer.mlp_norm_E, layer.eps);
-    const at::Tensor hidden = gate_all(any_linear(normed_middle, gate_up_FE, gate_up_bias_F));
-    out = at::add(middle, any_linear(hidden, down_EF, down_bias_E));
+    step.q = q.mutable_data_ptr<T>();
+    for (const Layer& layer : layers) {
+      const at::Tensor qkv =
+          any_linear(norm_all(x, layer.norm_E, step.eps), layer.qkv_FE, layer.qkv_bias_F);
+      step.qkv = qkv.const_data_ptr<T>();
+      const Rope<T> rope = rope_of(layer, step);
+      at::parallel_for(0, rows, 64, [&](int64_t begin, int64_t end) {
+        for (int64_t t = begin; t < end; ++t) rope.write(t);
+      });
+      const auto attended = paged_attention(
+          q, layer.k_cache, layer.v_cache, offsets, kv_lens, table, scale, layer.left, 0, 0.0);
+      const at::Tensor middle = at::add(x, any_linear(attended.flatten(1), layer.o_EF, layer.o_bias_E));
+      const at::Tensor hidden = gate_all(any_linear(
+          norm_all(middle, layer.mlp_norm_E, step.eps), layer.gate_up_FE, layer.gate_up_bias_F));
+      x = at::add(middle, any_linear(hidden, layer.down_EF, layer.down_bias_E));
+    }
+    out = x;
   });
   return out;
 }
@@ -1292,12 +1351,13 @@ TORCH_LIBRARY_FRAGMENT(minigen, m) {
       "Tensor(b!) v_cache_NBKD, Tensor slots_T, bool rotates) -> Tensor",
       {at::Tag::pt2_compliant_tag});
   m.def(
-      "native_decoder_layer(Tensor x_TE, Tensor norm_E, Tensor qkv_FE, Tensor? qkv_bias_F, "
-      "Tensor? q_norm_D, Tensor? k_norm_D, Tensor o_EF, Tensor? o_bias_E, Tensor mlp_norm_E, "
-      "Tensor gate_up_FE, Tensor? gate_up_bias_F, Tensor down_EF, Tensor? down_bias_E, "
-      "Tensor cos_TR, Tensor sin_TR, Tensor(a!) k_cache_NBKD, Tensor(b!) v_cache_NBKD, "
-      "Tensor slots_T, Tensor cu_seqlens_S1, Tensor kv_lens_S, Tensor block_table_SW, float eps, "
-      "bool rotates, float scale, int left, int right) -> Tensor",
+      "native_decoder_layers(Tensor x_TE, Tensor[] norms_E, Tensor[] qkvs_FE, "
+      "Tensor[] qkv_biases_F, Tensor[] q_norms_D, Tensor[] k_norms_D, Tensor[] os_EF, "
+      "Tensor[] o_biases_E, Tensor[] mlp_norms_E, Tensor[] gate_ups_FE, Tensor[] gate_up_biases_F, "
+      "Tensor[] downs_EF, Tensor[] down_biases_E, Tensor cos_TR, Tensor sin_TR, "
+      "Tensor(a!)[] k_caches, Tensor(b!)[] v_caches, Tensor slots_T, Tensor cu_seqlens_S1, "
+      "Tensor kv_lens_S, Tensor block_table_SW, float eps, float scale, bool[] rotates, "
+      "int[] lefts) -> Tensor",
       {at::Tag::pt2_compliant_tag});
   m.def(
       "native_paged_attention(Tensor q_THD, Tensor k_cache_NBKD, Tensor v_cache_NBKD, "
@@ -1311,5 +1371,5 @@ TORCH_LIBRARY_IMPL(minigen, CPU, m) {
   m.impl("native_kv_cache_write", kv_cache_write);
   m.impl("native_rope_cache_write", rope_cache_write);
   m.impl("native_paged_attention", paged_attention);
-  m.impl("native_decoder_layer", decoder_layer);
+  m.impl("native_decoder_layers", decoder_layers);
 }

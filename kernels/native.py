@@ -39,7 +39,7 @@ def load() -> None:
         torch.library.register_fake("minigen::native_kv_cache_write", _fake_kv_cache_write)
         torch.library.register_fake("minigen::native_rope_cache_write", _fake_rope_cache_write)
         torch.library.register_fake("minigen::native_paged_attention", _fake_paged_attention)
-        torch.library.register_fake("minigen::native_decoder_layer", _fake_decoder_layer)
+        torch.library.register_fake("minigen::native_decoder_layers", _fake_decoder_layers)
         _State.registered = True
     _State.serving = True
 
@@ -99,5 +99,5 @@ def _fake_paged_attention(
     return torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
 
 
-def _fake_decoder_layer(x_TE: Tensor, *rest: Any) -> Tensor:
+def _fake_decoder_layers(x_TE: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(x_TE, memory_format=torch.contiguous_format)

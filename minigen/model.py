@@ -25,7 +25,7 @@ from torch.nested._internal.nested_tensor import nested_view_from_values_offsets
 
 from minigen.kernels import (
     LayerWeights,
-    decoder_layer,
+    decoder_layers,
     kv_cache_write,
     linear,
     native,
@@ -635,39 +635,19 @@ class Block(nn.Module):
         self.dropout = 0.0  # of what attention and MLP add; only while training
 
     def forward(self, x_SjE: Tensor, cos_TR: Tensor, sin_TR: Tensor, kv: LayerKV | None) -> Tensor:
-        if kv is not None and self._is_one_operation(x_SjE):
-            return self._in_one_operation(x_SjE, cos_TR, sin_TR, kv)
         x_SjE, out_SjE = self.summands(x_SjE, cos_TR, sin_TR, kv)
         return x_SjE + out_SjE
 
-    def _is_one_operation(self, x_SjE: Tensor) -> bool:
-        """Whether `decoder_layer` serves, and does what this layer is."""
-        config, weight = self.attention.config, self.mlp.down_proj.weight
-        plain = config.activation == "silu" and not (
-            config.post_norms or config.norm_offset or config.attention_softcap or self.training
-        )
-        return plain and native.serves(x_SjE.values(), weight) and x_SjE.dtype == weight.dtype
-
-    def _in_one_operation(
-        self, x_SjE: Tensor, cos_TR: Tensor, sin_TR: Tensor, kv: LayerKV
-    ) -> Tensor:
-        attention, mlp, config = self.attention, self.mlp, self.attention.config
-        weights = LayerWeights(
+    def weights(self) -> LayerWeights:
+        attention, mlp, has_norms = self.attention, self.mlp, self.attention.config.qk_norm
+        return LayerWeights(
             self.input_norm.weight, attention.qkv_proj.weight, attention.qkv_proj.bias,
-            attention.q_norm.weight if config.qk_norm else None,
-            attention.k_norm.weight if config.qk_norm else None,
+            attention.q_norm.weight if has_norms else None,
+            attention.k_norm.weight if has_norms else None,
             attention.o_proj.weight, attention.o_proj.bias, self.mlp_norm.weight,
             mlp.gate_up_proj.weight, mlp.gate_up_proj.bias, mlp.down_proj.weight,
             mlp.down_proj.bias,
         )  # fmt: skip
-        offsets = offsets_of(x_SjE)
-        x_TE = decoder_layer(
-            x_SjE.values(), weights, cos_TR, sin_TR, kv.k_cache_NBKD, kv.v_cache_NBKD, kv.slots_T,
-            offsets, kv.kv_lens_S, kv.block_table_SW, eps=config.rms_norm_eps,
-            rotates=attention.rotates, scale=config.attention_scale,
-            window_size=attention.window_size,
-        )  # fmt: skip
-        return jagged(x_TE, offsets)
 
     def summands(
         self, x_SjE: Tensor, cos_TR: Tensor, sin_TR: Tensor, kv: LayerKV | None
@@ -902,10 +882,31 @@ class Decoder(nn.Module):
         factors start at row `max_length`), cu_seqlens_S1 int32 from 0 to T.
         """
         x_TE, cos_TR, sin_TR = self.begin(tokens_T, positions_T)
+        if kv is not None and self._is_one_operation(x_TE):
+            return self.norm(self._in_one_operation(x_TE, cos_TR, sin_TR, cu_seqlens_S1, kv))
         x_SjE = jagged(x_TE, cu_seqlens_S1)
         for i, block in enumerate(self.blocks):
             x_SjE = block(x_SjE, cos_TR, sin_TR, None if kv is None else kv.layer(i))
         return self.norm(x_SjE.values())
+
+    def _is_one_operation(self, x_TE: Tensor) -> bool:
+        """Whether `decoder_layers` serves, and does what the layers are."""
+        config, weight = self.config, self.embed.weight
+        plain = config.activation == "silu" and not (
+            config.post_norms or config.norm_offset or config.attention_softcap or self.training
+        )
+        return plain and native.serves(x_TE, weight) and x_TE.dtype == weight.dtype
+
+    def _in_one_operation(
+        self, x_TE: Tensor, cos_TR: Tensor, sin_TR: Tensor, cu_seqlens_S1: Tensor, kv: PagedKV
+    ) -> Tensor:
+        blocks = [block for block in self.blocks if isinstance(block, Block)]
+        return decoder_layers(
+            x_TE, [block.weights() for block in blocks], cos_TR, sin_TR, kv.caches, kv.slots_T,
+            cu_seqlens_S1, kv.kv_lens_S, kv.block_table_SW, eps=self.config.rms_norm_eps,
+            scale=self.config.attention_scale, rotates=self.config.layer_rope,
+            window_sizes=[block.attention.window_size for block in blocks],
+        )  # fmt: skip
 
     def begin(
         self, tokens_T: Tensor, positions_T: Tensor, dtype: torch.dtype | None = None

@@ -1375,7 +1375,7 @@ def test_the_compiled_step_copies_no_cache(monkeypatch, tmp_path, kernels: str) 
         compiled = torch.compile(runner._hidden_step, fullgraph=True)
         _, sources = run_and_get_code(compiled, *runner._hidden_inputs(step))
     code = "\n".join(sources)
-    assert {"torch": "minigen.kv_cache_write", "native": "minigen.native_decoder_layer"}[
+    assert {"torch": "minigen.kv_cache_write", "native": "minigen.native_decoder_layers"}[
         kernels
     ] in code
     allocations = [line for line in code.splitlines() if "empty_strided" in line and "211" in line]
