@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -21,6 +21,7 @@ from minigen.kernels import (
     few_rows_linear,
     kv_cache_write,
     linear,
+    native,
     rope_cache_write,
     sum_norm,
     tile_linear,
@@ -86,6 +87,7 @@ def test_rope_cache_write_equals_the_models_own_operations(case: RopeCase) -> No
         torch.testing.assert_close(cache, expected, rtol=0, atol=0, equal_nan=True)
 
 
+@example(replace(ROPE_CASE, dtype=torch.bfloat16))
 @given(rope_cases(CPU_DTYPES, 9))
 def test_one_part_is_rounded_as_the_projection_is(case: RopeCase) -> None:
     problem = make_rope_problem(replace(case, parts=0))
@@ -98,6 +100,14 @@ def test_one_part_is_rounded_as_the_projection_is(case: RopeCase) -> None:
     assert torch.equal(rope_cache_write(*in_parts), rope_cache_write(*problem))
     expected = problem.k_cache_NBKD, problem.v_cache_NBKD
     torch.testing.assert_close(caches, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_parts_are_not_for_the_native_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "serves", lambda *tensors: True)
+    case = replace(ROPE_CASE, has_norm=False, has_positions=False, parts=2)
+    problem = make_rope_problem(case)
+    q_THD = rope_cache_write(*problem)
+    assert_within(q_THD, *rope_reference(case, problem)[:2])
 
 
 def test_rope_cache_write_passes_opcheck() -> None:
