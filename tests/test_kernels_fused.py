@@ -146,6 +146,10 @@ def test_rope_cache_write_compiles_for_any_number_of_tokens() -> None:
             {"qkv_TXD": torch.ones(2, 5, 12, 40), "k_cache_NBKD": torch.ones(3, 4, 3, 40).int()},
             "k_cache must be torch.float16 or",
         ),
+        (
+            {"qkv_TXD": torch.ones(2, 5, 12, 40), "v_cache_NBKD": torch.ones(3, 4, 3, 40).half()},
+            "v_cache must be torch.float32",
+        ),
         ({"qkv_TXD": torch.ones(5, 6, 40)}, "3 heads of keys and of values.* 6 heads in all"),
         ({"qkv_TXD": torch.ones(5, 12, 48)}, "one head dim from 1 to 256, got 48 and 40"),
         ({"qkv_TXD": torch.ones(5, 12, 40).half()}, "k_cache must be torch.float16"),
