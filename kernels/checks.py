@@ -199,6 +199,7 @@ def check_rope_cache_write(
                 "qkv in parts must be contiguous and have at least one, got shape "
                 f"{tuple(qkv_TXD.shape)} and strides {qkv_TXD.stride()}"
             )
+        _require(k_cache_NBKD, "k_cache", 4, _float_dtypes(qkv_TXD.device))
         _check_caches(k_cache_NBKD, v_cache_NBKD, k_cache_NBKD.dtype)
     else:
         _require(qkv_TXD, "qkv", 3, _float_dtypes(qkv_TXD.device))

@@ -64,14 +64,14 @@ def rope_cache_write(
         qkv_TXD: queries, keys and values of each token, heads in this order; float16, bfloat16 or
             float32 (on the CPU also float64). A view into wider rows will do. Or contiguous
             float32 parts [S, T, X, D] that add up to it, as `tile_linear` leaves them: their sum is
-            not rounded before the norm.
+            not rounded before the norm or, without one, before the rotation.
         q_weight_D, k_weight_D: weights of the RMS norms over a head (arXiv 1910.07467), both or
             neither; `eps` is theirs.
         cos_PR, sin_PR: contiguous float32 tables [P, R / 2] (RoPE, arXiv 2104.09864; entry i of a
             head is paired with i + R / 2). R < D leaves the rest of a head as it is.
         positions_T: int64 rows of the tables; None: token t's is row t.
-        k_cache_NBKD, v_cache_NBKD: contiguous caches of the dtype of qkv (beside parts of any),
-            changed in place; they say how many heads are keys.
+        k_cache_NBKD, v_cache_NBKD: contiguous caches of the dtype of qkv (beside parts, of any of
+            these dtypes), changed in place; they say how many heads are keys.
         slots_T: int64, block * B + row; -1 skips the token, no other value may occur twice.
         rotates: False leaves out the rotation (layers without rope).
         pdl: start while the kernel before still runs, where the GPU can (sm_90
@@ -135,7 +135,9 @@ def _cpu(
     heads = qkv_TXD.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads
     q_THD, k_TKD, v_TKD = qkv_TXD.split(heads, 1)
     if q_weight_D is not None and k_weight_D is not None:
-        q_THD, k_TKD = rms_norm(q_THD, q_weight_D, eps), rms_norm(k_TKD, k_weight_D, eps)
+        # To the dtype, as the GPU's kernel rounds a sum of parts after its norm.
+        q_THD = rms_norm(q_THD, q_weight_D, eps).to(k_cache_NBKD.dtype)
+        k_TKD = rms_norm(k_TKD, k_weight_D, eps).to(k_cache_NBKD.dtype)
     if rotates:
         if positions_T is not None:
             read_positions(positions_T, cos_PR.shape[0])
@@ -417,7 +419,9 @@ def rope_cache_write_kernel(
     if PDL:
         wait_for_predecessor()
     row_ptr = qkv_ptr + token * qkv_stride_t
-    part_stride = num_tokens * qkv_stride_t
+    # In 64 bits, too, and of the shape: of one row the stride may be anything.
+    NUM_HEADS: tl.constexpr = NUM_Q_HEADS + 2 * NUM_KV_HEADS
+    part_stride = num_tokens.to(tl.int64) * (NUM_HEADS * HEAD_DIM)
     head_H = tl.arange(0, BLOCK_HEADS)
     if group < NUM_Q_GROUPS:
         norm_and_rotate(

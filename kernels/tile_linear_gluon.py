@@ -114,12 +114,12 @@ def choose_rows_tile(
     num_rows: int, num_inputs: int, num_outputs: int, is_gated: bool, parts: int
 ) -> GluonLinearTile:
     """64 rows of weights by up to 128 of x, in chunks of 128 inputs, as many of them at once as let
-    two programs share a multiprocessor; where there is one for each at most, as many as fit it.
-    `parts`: 0 for an output that is not divided.
+    two programs share a multiprocessor; where there is one for each at most, or x has more than 32
+    rows, as many as fit it. `parts`: 0 for an output that is not divided.
 
     Of what was timed for the four layers of Qwen3-0.6B and of Llama-3.1-8B (H200). The 448 programs
-    of the larger model's gate and up take 59.7 us at 8 rows where two share a multiprocessor, and
-    77 at 32 rows where one fills it; where three share it, a layer takes 129 us in place of 124.
+    of the larger model's gate and up take 60.7 us at 32 rows where two share a multiprocessor, and
+    77.2 where one fills it; where three share it, a layer of 2 rows takes 129 us in place of 124.
     """
     if num_rows > 128 and is_gated:
         # Tiles of 128 rows of weights, since by then each multiprocessor's reads of the L2 count.
@@ -151,8 +151,8 @@ def choose_parts(num_rows: int, num_inputs: int, num_outputs: int) -> int:
         Llama-3.1-8B, 2      124.2    124.9         123.9    124.9
         16                   131.2    135.1         130.7    130.9
 
-    Qwen3-0.6B at 128 and 256 rows: 81.9 and 138.3 for two programs, 78.8 and 133.2 for one, 78.1
-    and 130.5 in two parts.
+    Qwen3-0.6B at 128 and 256 rows: 81.9 and 138.3 for two programs, 79.5 and 134.3 for one; in
+    another run 78.8 and 133.2 for one, 78.1 and 130.5 in two parts.
     """
     tile = choose_rows_tile(num_rows, num_inputs, num_outputs, False, 1)
     chunks = triton.cdiv(num_inputs, tile.block_e)

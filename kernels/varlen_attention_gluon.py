@@ -133,8 +133,8 @@ def fits_gluon(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, softcap: float) -> b
 def prefers_gluon(queries: int, head_dim: int) -> bool:
     """Whether, where they fit, these kernels are the faster ones for about `queries` a sequence.
 
-    H200, causal, bfloat16, TFLOP/s of what was chosen before and of these kernels (at first, and
-    heads of 64 as they are):
+    H200, causal, bfloat16, TFLOP/s of what was chosen before and of these kernels, for heads of 128
+    as they were at first, for heads of 64 as they are:
 
                                16 x 512   64 of mean 298   16 x 1024   4 x 4096   1 x 16384
         heads of 128, 32/8     246, 285         326, 378    364, 447   526, 627    524, 672

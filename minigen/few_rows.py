@@ -3,7 +3,7 @@ ends, where it else takes eleven to sixteen.
 
 At one or two rows a layer's weights stream in 7 us (Qwen3-0.6B, H200), and each kernel takes 2 to 3
 for itself: what counts is how many there are, and what each has done when the one before ends. A
-step of one sequence takes 0.71 ms in place of 1.39, one of 32 takes 1.19 in place of 1.61. Steps of
+step of one sequence takes 0.71 ms in place of 1.39, one of 32 takes 1.16 in place of 1.61. Steps of
 more rows, or of a family that needs more, run the compiled layer. Shape suffixes as in `model.py`,
 and P parts that a linear layer is divided in.
 """
@@ -33,7 +33,8 @@ MAX_ROWS = 16
 # us at 2, 4 and 8 rows, `few_rows_layer` 23.1, 29.1 and 32.1; of Llama-3.1-8B 124 at 2 rows for 163
 # (H200).
 TILED_ROWS = (3, 256)
-# Of wider layers than this: a step of Llama-3.1-8B takes 4.41 ms at 32 rows, with cuBLAS 5.01.
+# Of wider layers than this: a step of Llama-3.1-8B takes 4.41 ms at 32 rows, with cuBLAS 5.01. No
+# width between 4,096 and its 14,336 was timed.
 TILED_WIDTH, WIDE_ROWS = 4096, (1, 32)
 # Up to here the projection is divided, too, and `rope_cache_write` adds its parts: at 8 rows a
 # layer of Qwen3-0.6B takes 25.1 us in place of 25.6, at 48 42.4 in place of 43.7, at 128 83.1 in

@@ -419,8 +419,9 @@ class Runner:
         Triton compiles a kernel at the first call that wants it, which takes a second or so.
         """
         sizes = (1, 2, 4, 8, 16, 32, 64, 128)
-        if self.max_tokens >= 2 * (SHORT_QUERIES + 1):
-            sizes += (SHORT_QUERIES + 1,)
+        most = self.max_tokens // 2
+        if most >= SHORT_QUERIES:  # from which heads of 64 have a kernel of their own, too
+            sizes += (min(most, SHORT_QUERIES + 1),)
         for width in (2, min(USUAL_WIDTH, self._most_blocks)):
             for queries in sizes:
                 size = StepSize(num_tokens=2 * queries, num_seqs=2, num_rows=0, width=width)

@@ -50,7 +50,7 @@ from minigen.kernels.varlen_attention_gluon import (
     choose_gluon_tile,
     prefers_gluon,
 )
-from minigen.model import Decoder, DecoderConfig
+from minigen.model import Block, Decoder, DecoderConfig
 from minigen.runner import COMPILE_MODES, Runner, guards_beside_model, kinds_of_layers
 from minigen.sampling_rows import SamplingTensors
 from minigen.scheduler import Scheduler
@@ -339,13 +339,30 @@ def test_tiled_rows_give_what_the_layer_gives(long_rope: bool, monkeypatch) -> N
         served.append(tiled)
         return tiled
 
+    divided: dict[tuple[int, ...], set[int]] = {}
+
+    def choose(num_rows: int, num_inputs: int, num_outputs: int) -> int:
+        divided.setdefault((num_inputs, num_outputs), set()).add(num_rows)
+        return 3
+
     monkeypatch.setattr("minigen.few_rows.runs_gluon", lambda device: True)
     monkeypatch.setattr("minigen.few_rows.TILED_ROWS", (3, 16))
+    monkeypatch.setattr("minigen.few_rows.QKV_PARTS_ROWS", 8)
+    monkeypatch.setattr("minigen.few_rows.choose_parts", choose)
     monkeypatch.setattr("minigen.runner.serves_tiles", serves)
     made = engine(long_rope=long_rope, max_num_seqs=19, decode_graphs=True)
     made.runner._hidden = made.runner._hidden_by_layer
     assert run(made, many, params) == expected
     assert {True, False} == set(served)
+    block = made.runner.model.blocks[0]
+    assert isinstance(block, Block)
+    qkv, out, down = (
+        tuple(reversed(linear.weight.shape))
+        for linear in (block.attention.qkv_proj, block.attention.o_proj, block.mlp.down_proj)
+    )
+    assert set(divided) == {qkv, out, down}
+    assert max(divided[qkv]) <= 8 < max(divided[out])
+    assert divided[out] == divided[down]
 
 
 def test_tiles_are_for_models_whose_layer_it_is(monkeypatch) -> None:
@@ -355,7 +372,8 @@ def test_tiles_are_for_models_whose_layer_it_is(monkeypatch) -> None:
     assert not serves_tiles(config, 32, cuda, half)
     monkeypatch.setattr("minigen.few_rows.runs_gluon", lambda device: True)
     wide = replace(config, intermediate_size=TILED_WIDTH + 8)
-    for shape, (least, most) in ((config, TILED_ROWS), (wide, WIDE_ROWS)):
+    widest = replace(config, intermediate_size=TILED_WIDTH)
+    for shape, (least, most) in ((config, TILED_ROWS), (widest, TILED_ROWS), (wide, WIDE_ROWS)):
         for num_rows in (least - 1, least, most, most + 1):
             serves = least <= num_rows <= most
             assert serves_tiles(shape, num_rows, cuda, half) is serves
@@ -553,6 +571,20 @@ def test_every_tile_of_attention_is_loaded_before_requests_come(group: int) -> N
     runner.max_tokens = 256
     runner._load_kernels(hidden)  # pyright: ignore[reportArgumentType]
     assert chosen
+
+
+@pytest.mark.parametrize("max_tokens", [2048, 2050, 8192])
+def test_the_tile_for_heads_of_64_is_loaded_where_a_step_may_want_it(max_tokens: int) -> None:
+    runner = engine().runner
+    runner.num_blocks, runner.max_tokens = 4096, max_tokens
+    loaded = set()
+
+    def hidden(tokens_T, *inputs) -> None:
+        assert len(tokens_T) <= max_tokens
+        loaded.add(prefers_gluon(len(tokens_T) // 2, 64))
+
+    runner._load_kernels(hidden)  # pyright: ignore[reportArgumentType]
+    assert True in loaded
 
 
 @pytest.mark.parametrize("mode", COMPILE_MODES)

@@ -17,6 +17,7 @@ from minigen.few_rows import TILED_ROWS, TILED_WIDTH
 from minigen.kernels.checks import Window
 from minigen.kernels.gluon_import import KNOWN_GLUON
 from minigen.kernels.tile_linear_gluon import (
+    MULTIPROCESSORS,
     GluonLinearTile,
     choose_parts,
     choose_rows_tile,
@@ -52,27 +53,69 @@ def test_few_queries_stay() -> None:
     assert [prefers_gluon(n, 64) for n in (64, 1023, 1024, 5000)] == [False, False, True, True]
 
 
-widths = st.integers(1, TILED_WIDTH // 8).map(lambda n: 8 * n)
+layers = st.tuples(*[st.integers(1, 4096).map(lambda n: 8 * n)] * 2)  # inputs and outputs
 
 
 @pytest.mark.parametrize("num_rows", [1, 8, 9, 32, 64, 65, 128, 129, TILED_ROWS[1]])
 @pytest.mark.parametrize("what", ["whole", "gated", "parts"])
 @settings(max_examples=10)
-@given(widths, widths)
-@example(TILED_WIDTH, TILED_WIDTH)
-@example(8, 8)
+@given(layers)
+@example((TILED_WIDTH, TILED_WIDTH))
+@example((14336, 4096))
+@example((8, 8))
 def test_linear_tiles_fit_and_their_parts_hold_all_inputs(
-    num_rows: int, what: str, num_inputs: int, num_outputs: int
+    num_rows: int, what: str, layer: tuple[int, int]
 ) -> None:
-    """Of every layer that `serves_tiles` lets through."""
-    parts = choose_parts(num_rows, num_inputs, num_outputs) if what == "parts" else 0
-    tile = choose_rows_tile(num_rows, num_inputs, num_outputs, what == "gated", parts)
+    """Of layers that `serves_tiles` lets through, and of wider ones."""
+    num_inputs, num_outputs = layer
+    parts = choose_parts(num_rows, *layer) if what == "parts" else 0
+    tile = choose_rows_tile(num_rows, *layer, what == "gated", parts)
     activation = "silu" if what == "gated" else ""
-    sizes = sizes_of(tile, num_inputs, num_outputs, parts or 1, True, parts > 0, activation)
+    sizes = sizes_of(tile, *layer, parts or 1, True, parts > 0, activation)
     # Besides the tiles: a barrier of 8 bytes for each place.
-    assert sizes.shared_bytes + 8 * (sizes.x_stages + sizes.weight_stages) <= HOPPER_SHARED_BYTES
+    shared_bytes = sizes.shared_bytes + 8 * (sizes.x_stages + sizes.weight_stages)
+    assert shared_bytes <= HOPPER_SHARED_BYTES
     assert (parts or 1) * sizes.chunks * sizes.block_e >= num_inputs
     assert max(parts - 1, 0) * sizes.chunks * sizes.block_e < num_inputs  # and none is empty
+    # What a tensor core takes: 64 rows of weights at a time, and a multiple of 8 rows of x.
+    assert sizes.block_g % 64 == 0
+    assert tile.block_t % 8 == 0
+    blocks = -(-num_rows // tile.block_t) * -(-num_outputs // tile.block_f)
+    if num_rows <= 32 and blocks * max(parts, 1) > MULTIPROCESSORS:
+        # Two programs share the 228 KB of a multiprocessor, 1 KB of which each takes besides.
+        assert 2 * (shared_bytes + 1024) <= 228 * 1024
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "layer", "parts"),
+    [
+        (1, (4096, 6144), 2),  # 96 blocks of outputs, of which 264 programs hold two
+        (8, (4096, 4096), 4),  # 64
+        (16, (14336, 4096), 4),
+        (8, (3072, 1024), 6),  # four chunks each
+        (64, (2048, 1024), 4),
+        (65, (3072, 1024), 2),
+        (256, (14336, 4096), 2),
+        (1, (640, 64), 1),
+        (128, (64, 64), 1),
+    ],
+)
+def test_parts_are_for_two_programs_a_multiprocessor(
+    num_rows: int, layer: tuple[int, int], parts: int
+) -> None:
+    assert choose_parts(num_rows, *layer) == parts
+
+
+def test_linear_tiles_hold_what_there_is_room_for() -> None:
+    """The layers of Llama-3.1-8B and of Qwen3-0.6B, for which they were timed."""
+    # 448 programs, of which two share a multiprocessor, and 96 that have one each.
+    assert choose_rows_tile(8, 4096, 14336, True, 0) == GluonLinearTile(8, 32, 128, 4, 6)
+    assert choose_rows_tile(32, 4096, 14336, True, 0) == GluonLinearTile(32, 32, 128, 4, 4)
+    assert choose_rows_tile(8, 1024, 3072, True, 0) == GluonLinearTile(8, 32, 128, 4, 8)
+    assert choose_rows_tile(64, 1024, 3072, True, 0) == GluonLinearTile(64, 32, 128, 4, 8)
+    assert choose_rows_tile(128, 1024, 4096, False, 0) == GluonLinearTile(128, 64, 128, 3, 7)
+    assert choose_rows_tile(65, 2048, 1024, False, 2) == GluonLinearTile(64, 64, 128, 6, 6)
+    assert choose_rows_tile(129, 1024, 3072, True, 0) == GluonLinearTile(128, 64, 64, 6, 7)
 
 
 @pytest.mark.parametrize(("x_stages", "weight_stages"), [(1, 4), (4, 1)])

@@ -703,6 +703,46 @@ def test_scores_that_are_no_numbers_give_nan_whole_or_divided(
         torch.testing.assert_close(out_THD[~is_nan_TH], expected_THD[~is_nan_TH])
 
 
+def assert_nan_where_scores_are_no_numbers(
+    head_dim: int, left: int, tile: Tile | GluonTile | None
+) -> None:
+    """A NaN query, an infinite one, and a NaN key, which is NaN only for those that see it."""
+    key = 20 if left >= 0 else 140
+    case = dataclasses.replace(
+        WHOLE_CASE, q_lens=(150,), kv_lens=(150,), num_kv_heads=1, head_dim=head_dim,
+        dtype=torch.float16, window_size=(left, 0), block_size=16,
+    )  # fmt: skip
+    q_THD, k_TKD, v_TKD = make_qkv(case, DEVICE)
+    expected = [run_varlen(case, (q_THD, k_TKD, v_TKD), tile)[0]]
+    expected.append(run_paged(case, (q_THD, k_TKD, v_TKD), 1 if tile is None else None, tile))
+    q_THD[3, 1], q_THD[130, 2] = torch.nan, torch.inf
+    k_TKD[key] = torch.nan
+    is_nan_TH = torch.zeros(150, 4, dtype=torch.bool, device=DEVICE)
+    is_nan_TH[3, 1] = is_nan_TH[130, 2] = True
+    is_nan_TH[key : key + left + 1 if left >= 0 else None] = True
+    found = [run_varlen(case, (q_THD, k_TKD, v_TKD), tile)[0]]
+    found.append(run_paged(case, (q_THD, k_TKD, v_TKD), 1 if tile is None else None, tile))
+    for out_THD, expected_THD in zip(found, expected, strict=True):
+        assert torch.equal(out_THD.isnan(), is_nan_TH.unsqueeze(-1).expand(-1, -1, head_dim))
+        torch.testing.assert_close(out_THD[~is_nan_TH], expected_THD[~is_nan_TH])
+
+
+@pytest.mark.parametrize("left", [-1, 100])
+def test_prompts_whose_scores_are_no_numbers_give_nan(left: int) -> None:
+    assert_nan_where_scores_are_no_numbers(64, left, None)
+
+
+@needs_gluon
+@pytest.mark.parametrize("left", [-1, 100])
+@pytest.mark.parametrize(
+    ("head_dim", "tile"), [(128, DEFAULT_TILE), (128, SHORT_TILE), (64, TILE_OF_64)]
+)
+def test_prompts_in_gluon_whose_scores_are_no_numbers_give_nan(
+    head_dim: int, tile: GluonTile, left: int
+) -> None:
+    assert_nan_where_scores_are_no_numbers(head_dim, left, tile)
+
+
 @pytest.mark.parametrize("scale", [-0.3, 0.0])
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
 def test_a_scale_need_not_be_positive(scale: float, softcap: float) -> None:

@@ -95,6 +95,7 @@ LINEAR_CASE = LinearCase(
 def assert_rope(case: RopeCase, problem: RopeProblem, q_THD: Tensor) -> None:
     expected = rope_reference(case, problem._replace(**unwritten(problem)))
     assert q_THD.is_contiguous()
+    assert q_THD.dtype == case.dtype
     assert_within(q_THD, expected.q_THD, expected.q_error_THD)
     for cache, wanted, error in (
         (problem.k_cache_NBKD, expected.k_cache_NBKD, expected.k_error_NBKD),
@@ -149,6 +150,16 @@ def test_rope_cache_write_ends_at_the_edges_of_tables_and_cache() -> None:
         assert q_THD[token, :, :24].isnan().all()
     written = ~problem.v_cache_NBKD.flatten(0, 1)[:, 0, 0].isnan()
     assert written.nonzero().flatten().tolist() == [0, num_slots - 1]
+
+
+def test_the_parts_of_one_row_may_have_any_stride() -> None:
+    case = dataclasses.replace(ROPE_CASE, num_tokens=1, parts=3)
+    problem = make_rope_problem(case, DEVICE)
+    qkv_PTXD = problem.qkv_TXD.squeeze(1)[None].transpose(0, 1)
+    assert qkv_PTXD.is_contiguous()
+    assert qkv_PTXD.stride(1) == 3 * qkv_PTXD.stride(0)
+    problem = problem._replace(qkv_TXD=qkv_PTXD)
+    assert_rope(case, problem, rope_cache_write_triton(*problem))
 
 
 def test_rope_cache_write_beyond_32_bit_indexes() -> None:

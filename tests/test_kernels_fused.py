@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -21,6 +21,7 @@ from minigen.kernels import (
     few_rows_linear,
     kv_cache_write,
     linear,
+    native,
     rope_cache_write,
     sum_norm,
     tile_linear,
@@ -86,8 +87,31 @@ def test_rope_cache_write_equals_the_models_own_operations(case: RopeCase) -> No
         torch.testing.assert_close(cache, expected, rtol=0, atol=0, equal_nan=True)
 
 
+@example(replace(ROPE_CASE, dtype=torch.bfloat16))
+@given(rope_cases(CPU_DTYPES, 9))
+def test_one_part_is_rounded_as_the_projection_is(case: RopeCase) -> None:
+    problem = make_rope_problem(replace(case, parts=0))
+    caches = problem.k_cache_NBKD.clone(), problem.v_cache_NBKD.clone()
+    in_parts = problem._replace(
+        qkv_TXD=problem.qkv_TXD.float()[None].contiguous(),
+        k_cache_NBKD=caches[0],
+        v_cache_NBKD=caches[1],
+    )
+    assert torch.equal(rope_cache_write(*in_parts), rope_cache_write(*problem))
+    expected = problem.k_cache_NBKD, problem.v_cache_NBKD
+    torch.testing.assert_close(caches, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_parts_are_not_for_the_native_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "serves", lambda *tensors: True)
+    case = replace(ROPE_CASE, has_norm=False, has_positions=False, parts=2)
+    problem = make_rope_problem(case)
+    q_THD = rope_cache_write(*problem)
+    assert_within(q_THD, *rope_reference(case, problem)[:2])
+
+
 def test_rope_cache_write_passes_opcheck() -> None:
-    problem = make_rope_problem(ROPE_CASE)
+    problem = make_rope_problem(replace(ROPE_CASE, dtype=torch.bfloat16))
     problem.k_cache_NBKD.zero_()
     problem.v_cache_NBKD.zero_()
     for rotates in (True, False):
@@ -118,6 +142,14 @@ def test_rope_cache_write_compiles_for_any_number_of_tokens() -> None:
         ({"qkv_TXD": torch.ones(2, 5, 12, 40).half()}, "qkv in parts must be torch.float32"),
         ({"qkv_TXD": torch.ones(0, 5, 12, 40)}, "qkv in parts .* at least one"),
         ({"qkv_TXD": torch.ones(2, 5, 12, 80)[..., ::2]}, "qkv in parts must be contiguous"),
+        (
+            {"qkv_TXD": torch.ones(2, 5, 12, 40), "k_cache_NBKD": torch.ones(3, 4, 3, 40).int()},
+            "k_cache must be torch.float16 or",
+        ),
+        (
+            {"qkv_TXD": torch.ones(2, 5, 12, 40), "v_cache_NBKD": torch.ones(3, 4, 3, 40).half()},
+            "v_cache must be torch.float32",
+        ),
         ({"qkv_TXD": torch.ones(5, 6, 40)}, "3 heads of keys and of values.* 6 heads in all"),
         ({"qkv_TXD": torch.ones(5, 12, 48)}, "one head dim from 1 to 256, got 48 and 40"),
         ({"qkv_TXD": torch.ones(5, 12, 40).half()}, "k_cache must be torch.float16"),
