@@ -28,6 +28,12 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+#if defined(__linux__) && defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(CPU_CAPABILITY_AVX512)
+#define MINIGEN_AMX
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace {
 
@@ -246,10 +252,129 @@ void dot_rows(
   sweep(0, std::integral_constant<int, 1>());
 }
 
+// Rows of x as `Weight` multiplies them.
+template <typename T>
+struct Rows {
+  static constexpr int N = 4;  // outputs of a tile
+  const T* at;
+  int64_t stride, count;
+
+  Rows(const T* x, int64_t stride, int64_t count, int64_t depth) : at(x), stride(stride), count(count) {}
+};
+
+#if defined(MINIGEN_AMX)
+// Whether the system lets this process use the matrix unit's registers.
+bool may_use_tiles() {
+  constexpr int REQUEST = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM, of asm/prctl.h
+  static const bool granted = syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+  return granted;
+}
+
+// For the matrix unit: 16 outputs times 16 rows of x at once, over 32 inputs. Weights are the first
+// factor, as they lie in memory; of the second the unit wants the same pair of inputs of all rows side
+// by side, and rows of x are few enough to be laid out so. Sums run over the inputs in their order
+// whatever the number of rows. While one lives, the thread's tile registers are set up for it.
+template <>
+struct Rows<at::BFloat16> {
+  static constexpr int N = 16;
+  static constexpr int64_t GROUP = 16, GROUPS = MOST_ROWS / GROUP, STEP = 32;
+  const at::BFloat16* at;
+  int64_t stride, count;
+  const uint32_t* pairs = nullptr;  // [groups, depth / 2, rows of the group]; none: not for the unit
+
+  Rows(const at::BFloat16* x, int64_t stride, int64_t count, int64_t depth)
+      : at(x), stride(stride), count(count) {
+    if (count == 0 || count > MOST_ROWS || depth % STEP != 0 || !may_use_tiles()) return;
+    thread_local std::vector<uint32_t> memory;
+    memory.resize(depth / 2 * count);
+    uint32_t* to = memory.data();
+    for (int64_t first = 0; first < count; first += GROUP) {
+      const int64_t rows = std::min(GROUP, count - first);
+      for (int64_t p = 0; p < depth / 2; ++p, to += rows)
+        for (int64_t r = 0; r < rows; ++r)
+          std::memcpy(to + r, x + (first + r) * stride + 2 * p, sizeof(uint32_t));
+    }
+    pairs = memory.data();
+    set_up();
+  }
+  Rows(const Rows&) = delete;
+  ~Rows() {
+    if (pairs) _tile_release();
+  }
+
+  int64_t rows_of(int64_t group) const { return std::min(GROUP, count - group * GROUP); }
+
+  // Registers 0 and 1: sums [16 outputs, rows of x]; 2: weights; 4 and 5: rows of x.
+  void set_up() const {
+    struct alignas(64) {
+      uint8_t palette = 1, start = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {};
+      uint8_t rows[16] = {};
+    } config;
+    auto set = [&](int place, int64_t row_bytes) {
+      config.row_bytes[place] = uint16_t(row_bytes);
+      config.rows[place] = 16;
+    };
+    set(2, STEP * 2);
+    for (int g = 0; g < GROUPS && g * GROUP < count; ++g) {
+      set(g, rows_of(g) * 4);
+      set(4 + g, rows_of(g) * 4);
+    }
+    _tile_loadconfig(&config);
+  }
+};
+
+// Products of 16 rows of the weight, `sums` [groups, 16, rows of the group]; asks for the lines from
+// `ahead` on, if any, as they are used up here.
+INLINE void multiply_tiles(
+    const Rows<at::BFloat16>& x, const at::BFloat16* weight, int64_t depth, float* sums,
+    const char* ahead) {
+  const int64_t rows = x.rows_of(0), more = x.count - rows;
+  const uint32_t *low = x.pairs, *high = x.pairs + depth / 2 * rows;
+  _tile_zero(0);
+  if (more) _tile_zero(1);
+  for (int64_t at = 0; at < depth; at += x.STEP) {
+    for (int p = 0; ahead && p < 16; ++p) __builtin_prefetch(ahead + (at / x.STEP * 16 + p) * 64);
+    _tile_loadd(2, weight + at, depth * 2);
+    _tile_loadd(4, low + at / 2 * rows, rows * 4);
+    _tile_dpbf16ps(0, 2, 4);
+    if (!more) continue;
+    _tile_loadd(5, high + at / 2 * more, more * 4);
+    _tile_dpbf16ps(1, 2, 5);
+  }
+  _tile_stored(0, sums, rows * 4);
+  if (more) _tile_stored(1, sums + 16 * rows, more * 4);
+}
+
+// The same plus bias, each row's 16 numbers into a row of `out`.
+template <typename Out>
+void tile_outputs(
+    const Rows<at::BFloat16>& x, const at::BFloat16* weight, int64_t depth,
+    const at::BFloat16* bias, Out* out, int64_t out_stride, const char* ahead) {
+  alignas(64) float sums[MOST_ROWS * 16];
+  multiply_tiles(x, weight, depth, sums, ahead);
+  float biases[16] = {};
+  for (int n = 0; bias && n < 16; ++n) biases[n] = float(bias[n]);
+  for (int64_t r = 0; r < x.count; ++r) {
+    const int64_t group = r / x.GROUP, rows = x.rows_of(group);
+    const float* column = sums + group * 16 * x.GROUP + r % x.GROUP;
+    float values[2 * LANES] = {};
+    for (int n = 0; n < 16; ++n) values[n] = column[n * rows] + biases[n];
+    if constexpr (std::is_same_v<Out, float>) {
+      std::memcpy(out + r * out_stride, values, sizeof(float) * 16);
+    } else {
+      Out narrowed[2 * LANES];
+      narrow(values, 16, narrowed);
+      std::memcpy(out + r * out_stride, narrowed, sizeof(Out) * 16);
+    }
+  }
+}
+#endif
+
 // A linear layer's weight [outputs, depth], whole rows one after the other, and its bias, if any.
 template <typename T>
 struct Weight {
-  static constexpr int N = 4;  // outputs a tile
+  static constexpr int N = Rows<T>::N;
   const T* at;
   const T* bias;
   int64_t depth, outputs;
@@ -268,26 +393,34 @@ struct Weight {
   // at two rows in place of 5.16, SmolLM2-135M); a few lines in each step: many at once would hold up
   // the products.
   const char* after(int64_t n, int64_t end, int64_t rows) const {
-    const int64_t next = n + (rows > 4 ? 2 * N : N);
+    const int64_t next = n + (rows > 4 && N == 4 ? 2 * N : N);
     return next < end ? reinterpret_cast<const char*>(at + next * depth) : nullptr;
   }
 
   // The `count` outputs from n on, at most N, of all rows of x, into rows of `out`.
   template <typename Out>
   void multiply(
-      const T* x, int64_t x_stride, int64_t rows, int64_t n, int64_t count, Out* out,
-      int64_t out_stride, const char* next) const {
-    float biases[4 * N] = {};
-    for (int64_t i = 0; bias && i < 4 * N; ++i) biases[i] = float(bias[n + i % count]);
-    if (count == N)
-      return dot_rows<T, Out, N>(
-          x, x_stride, rows, at + n * depth, depth, depth, biases, out, out_stride, next);
-    for (int64_t i = 0; i < count; ++i) {
-      float one_bias[4 * N];
-      std::fill(one_bias, one_bias + 4 * N, biases[i]);
-      dot_rows<T, Out, 1>(
-          x, x_stride, rows, at + (n + i) * depth, depth, depth, one_bias, out + i, out_stride);
-    }
+      const Rows<T>& x, int64_t n, int64_t count, Out* out, int64_t out_stride,
+      const char* next) const {
+#if defined(MINIGEN_AMX)
+    if constexpr (std::is_same_v<T, at::BFloat16>)
+      if (x.pairs && count == N)
+        return tile_outputs(
+            x, at + n * depth, depth, bias ? bias + n : nullptr, out, out_stride, next);
+#endif
+    for (int64_t i = 0; i + 4 <= count; i += 4, next = nullptr)
+      multiply_few<4>(x, n + i, out + i, out_stride, next);
+    for (int64_t i = count / 4 * 4; i < count; ++i)
+      multiply_few<1>(x, n + i, out + i, out_stride, nullptr);
+  }
+
+  // FEW outputs.
+  template <int FEW, typename Out>
+  void multiply_few(const Rows<T>& x, int64_t n, Out* out, int64_t out_stride, const char* next) const {
+    float biases[16] = {};
+    for (int64_t i = 0; bias && i < 16; ++i) biases[i] = float(bias[n + i % FEW]);
+    dot_rows<T, Out, FEW>(
+        x.at, x.stride, x.count, at + n * depth, depth, depth, biases, out, out_stride, next);
   }
 };
 
@@ -296,12 +429,13 @@ void linear_rows(const at::Tensor& x_TE, const Weight<T>& weight, at::Tensor& ou
   const T* x = x_TE.const_data_ptr<T>();
   T* out = out_TF.mutable_data_ptr<T>();
   constexpr int N = Weight<T>::N;
-  // Sixteen tiles at least a thread: less is not worth waking one.
-  at::parallel_for(0, weight.num_tiles(), 16, [&](int64_t begin, int64_t end) {
+  // 64 outputs at least a thread: less is not worth waking one.
+  at::parallel_for(0, weight.num_tiles(), 64 / N, [&](int64_t begin, int64_t end) {
+    const Rows<T> rows(x, x_TE.stride(0), x_TE.size(0), weight.depth);
     for (int64_t n = begin * N; n < std::min(end * N, weight.outputs); n += N)
       weight.multiply(
-          x, x_TE.stride(0), x_TE.size(0), n, std::min<int64_t>(N, weight.outputs - n), out + n,
-          weight.outputs, weight.after(n, end * N, x_TE.size(0)));
+          rows, n, std::min<int64_t>(N, weight.outputs - n), out + n, weight.outputs,
+          weight.after(n, end * N, rows.count));
   });
 }
 
@@ -1075,7 +1209,7 @@ struct Share {
 // silu(gate) * up
 Vec gated(Vec gate, Vec up) { return gate / (Vec(1.0f) + gate.neg().exp()) * up; }
 
-// Float sums [rows, 4] plus x, if any, rounded into `count` columns of rows of `out`.
+// Float sums [rows, N] plus x, if any, rounded into `count` columns of rows of `out`.
 template <typename T>
 void write_tile(
     const float* sums, int64_t rows, int64_t count, const T* x, int64_t stride, T* out) {
@@ -1161,11 +1295,11 @@ void layers_rows(
     // x and weight's product plus `add`, if any.
     auto multiply = [&](const T* from, const Weight<T>& weight, const T* add, T* to) {
       const Share share(weight.num_tiles());
+      const Rows<T> x(from, weight.depth, rows, weight.depth);
       for (int64_t n = share.begin * N; n < std::min(share.end * N, weight.outputs); n += N) {
         const int64_t count = std::min<int64_t>(N, weight.outputs - n);
         float sums[MOST_ROWS * N];
-        weight.multiply(
-            from, weight.depth, rows, n, count, sums, N, weight.after(n, share.end * N, rows));
+        weight.multiply(x, n, count, sums, N, weight.after(n, share.end * N, rows));
         write_tile(sums, rows, count, add ? add + n : nullptr, weight.outputs, to + n);
       }
     };
@@ -1192,13 +1326,13 @@ void layers_rows(
       team.meet();
       norm_rows(middle, layer.mlp_norm_E);
       const Share share((hidden_width + N - 1) / N);
+      const Rows<T> normed_x(normed, width, rows, width);
       for (int64_t n = share.begin * N; n < std::min(share.end * N, hidden_width); n += N) {
         const int64_t count = std::min<int64_t>(N, hidden_width - n);
         float gate[MOST_ROWS * N], up[MOST_ROWS * N];
+        gate_up.multiply(normed_x, n, count, gate, N, gate_up.after(n, share.end * N, rows));
         gate_up.multiply(
-            normed, width, rows, n, count, gate, N, gate_up.after(n, share.end * N, rows));
-        gate_up.multiply(
-            normed, width, rows, hidden_width + n, count, up, N,
+            normed_x, hidden_width + n, count, up, N,
             gate_up.after(hidden_width + n, hidden_width + share.end * N, rows));
         for (int64_t i = 0; i < rows * N; i += LANES)
           gated(Vec::loadu(gate + i), Vec::loadu(up + i)).store(gate + i);
