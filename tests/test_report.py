@@ -3,13 +3,18 @@
 import json
 import time
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
 
+from minigen.shapes import SHAPES
 from tests.command_line import run_minigen, run_tool
 from tools import report
+from tools.compare_batching import PHASES
+from tools.compare_compile_modes import MODES
 from tools.report import Step, last_json, run_all, steps
+from tools.scale import GPU_CONTEXTS
 
 
 @pytest.fixture
@@ -80,7 +85,8 @@ def test_only_an_object_on_the_last_line_counts(text, tmp_path) -> None:
 
 
 def test_the_steps_are_commands_with_such_options(tmp_path) -> None:
-    planned = [step for gpu in (False, True) for step in steps(gpu, "tiny", tmp_path)]
+    trace = tmp_path / "trace.csv"
+    planned = [step for gpu in (False, True) for step in steps(gpu, "tiny", tmp_path, trace)]
     options: dict[str, set[str]] = {}
     for step in planned:
         known = options.setdefault(step.command[0], set())
@@ -93,8 +99,9 @@ def test_the_steps_are_commands_with_such_options(tmp_path) -> None:
         assert helped.returncode == 0
         assert not {option for option in wanted if option not in helped.stdout}
     for gpu in (False, True):
-        names = [step.name for step in steps(gpu, "tiny", tmp_path)]
+        names = [step.name for step in steps(gpu, "tiny", tmp_path, trace)]
         assert len(set(names)) == len(names)
+    assert all(step.limit <= 540 for step in planned)
 
 
 @pytest.mark.parametrize(
@@ -116,4 +123,91 @@ def test_unknown_steps_are_refused(tmp_path) -> None:
     said = run_tool("report", "--output", tmp_path / "out", "--only", "speed")
     assert said.returncode == 2
     assert "--only speed: the steps here are" in said.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def values(command: tuple[str, ...], option: str) -> list[str]:
+    """What follows an option; none where it is absent."""
+    after = command[command.index(option) + 1 :] if option in command else ()
+    return list(takewhile(lambda word: not word.startswith("--"), after))
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_trace_is_replayed_and_gives_lengths(gpu: bool, tmp_path) -> None:
+    without, trace = steps(gpu, "tiny", tmp_path), tmp_path / "trace.csv"
+    assert not [step for step in without if {"trace", "--trace"} & {step.name, *step.command}]
+    planned = steps(gpu, "tiny", tmp_path, trace)
+    assert {s.name for s in planned} - {s.name for s in without} == {"trace"}
+    [replay] = [step.command for step in planned if step.name == "trace"]
+    assert replay[:3] == ("minigen", "bench", "trace")
+    assert values(replay, "--dataset-path") == [str(trace)]
+    assert float(*values(replay, "--rate")) > 0
+    batching = [s.command for s in planned if s.command[0] == "tools.compare_batching"]
+    assert [values(command, "--trace") for command in batching] == [[str(trace)]] * len(batching)
+    assert all(values(c, "--lengths") in ([], ["lognormal", "one-long", "trace"]) for c in batching)
+    phases = [phase for command in batching for phase in values(command, "--phases")]
+    assert phases == list(PHASES if gpu else PHASES[:3])
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_all_modes_come_into_one_table(gpu: bool, tmp_path) -> None:
+    planned = steps(gpu, "tiny", tmp_path)
+    modes = [s.command for s in planned if s.command[0] == "tools.compare_compile_modes"]
+    assert len(modes) > 1
+    assert sorted(mode for c in modes for mode in values(c, "--modes")) == sorted(MODES)
+    shared = {(*values(c, "--results"), *values(c, "--plot")) for c in modes}
+    assert shared == {(str(tmp_path / "modes.json"), str(tmp_path / "modes.png"))}
+
+
+def test_long_contexts_have_a_model_that_holds_them(tmp_path) -> None:
+    [scale] = [step for step in steps(True, "qwen3-0.6b", tmp_path) if step.name == "scale"]
+    [shape] = values(scale.command, "--shape")
+    assert SHAPES[shape]["max_position_embeddings"] >= max(GPU_CONTEXTS)
+
+
+def test_the_trace_is_found(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("MINIGEN_SHARED", str(tmp_path))
+    assert report.find_trace() is None
+    (tmp_path / "traces").mkdir()
+    for name in ("azure_llm_conv.csv.xz", "azure_llm_conv.csv"):
+        file = tmp_path / "traces" / name
+        file.touch()
+        assert report.find_trace() == file
+
+
+@pytest.mark.parametrize("given", ["none", "found", "named"])
+def test_the_report_says_whether_there_is_a_trace(given, tmp_path, monkeypatch, capsys) -> None:
+    ran: list[Step] = []
+    done = {"name": "fixed", "result": "ok", "seconds": 1.0}
+
+    def run_none(planned: list[Step], *_: object) -> list[dict[str, object]]:
+        ran.extend(planned)
+        return [done]
+
+    monkeypatch.setattr(report, "run_all", run_none)
+    monkeypatch.setenv("MINIGEN_SHARED", str(tmp_path))
+    file = tmp_path / ("mine.csv" if given == "named" else "traces/azure_llm_conv.csv")
+    if given != "none":
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+    arguments = ["--output", str(tmp_path / "out"), *["--trace", str(file)] * (given == "named")]
+    report.main(report.parser().parse_args(arguments))
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert lines == ([report.NO_TRACE] if given == "none" else [])
+    assert json.loads(last)["trace"] == (None if given == "none" else str(file))
+    assert [step.name for step in ran if step.name == "trace"] == ["trace"] * (given != "none")
+    assert {str(file)} & {word for step in ran for word in step.command} == (
+        set() if given == "none" else {str(file)}
+    )
+
+
+def test_a_trace_that_is_not_there_is_refused(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("MINIGEN_SHARED", str(tmp_path))
+    for arguments, message in (
+        (["--trace", "absent.csv"], "--trace absent.csv: there is no such file"),
+        (["--only", "trace"], "--only trace: there is no trace, give --trace FILE"),
+    ):
+        given = report.parser().parse_args(["--output", str(tmp_path / "out"), *arguments])
+        with pytest.raises(ValueError, match=message):
+            report.main(given)
     assert not (tmp_path / "out").exists()

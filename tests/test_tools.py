@@ -8,6 +8,8 @@ import lzma
 import math
 import random
 import sys
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from random import randint
 from typing import Any
@@ -21,13 +23,13 @@ from hypothesis import strategies as st
 from minigen import LLM, SamplingParams, workloads
 from minigen.__main__ import main
 from minigen.bench_options import read_goodput
-from minigen.measure import Cost, StepMeter, percentile, percentiles
+from minigen.measure import Cost, StepMeter, environment, percentile, percentiles
 from minigen.model import Decoder, DecoderConfig, jagged
 from minigen.report import number, table
 from minigen.shapes import SHAPES
 from tests.command_line import run_minigen, run_tool
 from tools import compare_batching, compare_compile_modes, padded
-from tools.batching_ways import WAYS, Padded, groups_of, padding_share
+from tools.batching_ways import WAYS, Padded, Way, groups_of, padding_share
 from tools.common import NO_MATPLOTLIB, Plot, run
 from tools.compare_batching import check_agreement, lengths_of
 
@@ -409,12 +411,53 @@ def test_the_four_ways_agree(kind: str, lengths: list[int], num_steps: int) -> N
     assert losses[-1] == pytest.approx(sum(alone) / len(alone), rel=1e-4)
 
 
-@pytest.mark.parametrize("broken", ["sdpa_prefill", "sdpa_decode", "unpadded_prefill"])
-def test_a_wrong_way_is_noticed(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+SERVING = compare_batching.SERVING
+
+
+@pytest.mark.parametrize(
+    ("broken", "phases"),
+    [
+        ("sdpa_prefill", SERVING),
+        ("sdpa_prefill", ["prefill"]),
+        ("sdpa_prefill", ["train-forward"]),
+        ("sdpa_decode", SERVING),
+        ("sdpa_decode", ["decode"]),
+        ("unpadded_prefill", SERVING),
+        ("unpadded_prefill", ["train-forward"]),
+    ],
+)
+def test_a_wrong_way_is_noticed(
+    broken: str, phases: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     right = getattr(padded, broken)
     monkeypatch.setattr(padded, broken, lambda *args: right(*args) * 1.01)
     with pytest.raises(ValueError, match="and flat disagree"):
-        check_agreement(small_decoder("full"), [[1, 2, 3], [4]], torch.tensor([[5, 6]]))
+        check_agreement(small_decoder("full"), [[1, 2, 3], [4]], torch.tensor([[5, 6]]), phases)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_decoding_can_be_timed_again_and_again(way: type[Way]) -> None:
+    """The cache is filled once, without the compiler; each round of steps gives the same logits."""
+
+    def refuse(_: object) -> Any:
+        pytest.fail("compiled")
+
+    as_it_is = compare_batching.as_it_is
+    prompts, steps_NS = [[1, 2, 3], [4], [5] * 20], torch.tensor([[6, 7, 8], [9, 10, 11]])
+    laid = way(small_decoder("full"), prompts, 2, as_it_is, as_it_is)
+
+    def decoded() -> list[torch.Tensor]:
+        return [laid.decode(tokens_S, step) for step, tokens_S in enumerate(steps_NS)]
+
+    laid.make_cache()
+    laid.prefill()
+    expected = decoded()
+    laid.make_cache()
+    laid._prefill = refuse  # pyright: ignore[reportAttributeAccessIssue]
+    laid.fill_cache()
+    for _ in range(2):
+        for found_SV, expected_SV in zip(decoded(), expected, strict=True):
+            assert torch.equal(found_SV, expected_SV)
 
 
 def test_what_does_not_fit_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -423,9 +466,11 @@ def test_what_does_not_fit_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(padded, "sdpa_prefill", too_large)
     as_it_is = compare_batching.as_it_is
-    rows = compare_batching.measure(
-        Padded, small_decoder("full"), [[1, 2], [3]], torch.tensor([[4, 5]]),
-        1, as_it_is, as_it_is,
+    rows = list(
+        compare_batching.measure(
+            Padded, small_decoder("full"), [[1, 2], [3]], torch.tensor([[4, 5]]),
+            1, as_it_is, as_it_is,
+        )
     )  # fmt: skip
     assert [(r["phase"], r["ms"], r["error"]) for r in rows] == [
         (phase, None, "out of memory") for phase in ("prefill", "decode", "train-forward")
@@ -433,6 +478,63 @@ def test_what_does_not_fit_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
     # Where it does not even fit in the check, it is not timed either.
     found = check_agreement(small_decoder("full"), [[1, 2], [3]], torch.tensor([[4, 5]]))
     assert [name for name, value in found.items() if value is None] == ["grouped", "padded"]
+
+
+def compare_small(*arguments: str) -> None:
+    few = ("--shape", "tiny", "--device", "cpu", "--num-seqs", "4", "--max-len", "64")
+    more = ("--decode-steps", "2", "--repeats", "1", "--plot", "none")
+    compare_batching.main(compare_batching.options().parse_args([*few, *more, *arguments]))
+
+
+def test_figures_are_printed_as_they_are_found(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    printed: list[str] = []
+
+    def measure(way: type[Way], *arguments: Any) -> Iterator[dict[str, Any]]:
+        figures = {"ms": 1234.5, "tokens_s": 6789.0, "peak_bytes": 1, "padding": 0.0}
+        none = {"ms": None, "tokens_s": None, "peak_bytes": None, "padding": 0.5}
+        for phase in arguments[-1]:
+            given = {**none, "error": "out of memory"} if phase == "decode" else figures
+            yield {"way": way.name, "phase": phase, **given}
+            printed.extend(capsys.readouterr().err.splitlines())
+            said = "out of memory" if phase == "decode" else "1,234.50 ms, 6,789 tokens/s"
+            assert printed[-1].endswith(f", {phase}, {way.name}: {said}")
+
+    monkeypatch.setattr(compare_batching, "measure", measure)
+    compare_small("--compile", "eager", "--phases", "prefill", "decode")
+    kinds = ("uniform", "lognormal", "one-long")
+    wanted = [(k, p, way.name) for k in kinds for way in WAYS for p in ("prefill", "decode")]
+    assert printed[0] == compare_batching.LEFT_OUT
+    assert [tuple(line.split(": ")[0].split(", ")) for line in printed[1:]] == wanted
+    said = capsys.readouterr().out
+    assert compare_batching.LEFT_OUT in said.splitlines()
+    document = last_line(said)
+    assert document["lengths_left_out"] == ["trace"]
+    assert len(document["rows"]) == len(wanted)
+
+
+def test_a_way_is_compiled_once_for_all_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> Any:
+        graphs.append(len(graph.graph.nodes))
+        return graph.forward
+
+    def compiler(mode: str) -> Any:
+        return lambda function: torch.compile(function, backend=backend, dynamic=True)
+
+    lengths = {"uniform": [5, 6, 20, 31], "one-long": [11, 12, 50, 60], "lognormal": [7, 8, 40, 61]}
+    found: list[int] = []
+
+    def check(*_: object) -> dict[str, float]:
+        found.append(len(graphs))
+        return {}
+
+    monkeypatch.setattr(compare_batching, "compiler", compiler)
+    monkeypatch.setattr(compare_batching, "lengths_of", lambda kind, *_: lengths[kind])
+    monkeypatch.setattr(compare_batching, "check_agreement", check)
+    compare_small("--phases", *SERVING, "--lengths", *lengths)
+    assert found[:2] == [0, 12]  # four ways, three phases
+    assert (found[2], len(graphs)) == (12, 12)
 
 
 def test_the_padded_ways_refuse_soft_caps() -> None:
@@ -474,6 +576,7 @@ def test_compare_batching(tmp_path: Path) -> None:
         "--repeats", 1, "--lengths", "one-long", "trace", "--trace", trace, *plot_arguments(plot),
     )  # fmt: skip
     assert document["lengths"] == {"one-long": [32, 16, 16], "trace": [4, 32, 16]}
+    assert document["lengths_left_out"] == []
     rows = {(r["lengths"], r["phase"], r["way"]): r for r in document["rows"]}
     assert len(rows) == 2 * 4 * 4
     for row in rows.values():
@@ -539,24 +642,27 @@ def test_compare_compile_modes(tmp_path: Path) -> None:
     check_plot(document, plot)
 
 
+def mode_document(rate: float = 3.0, **others: object) -> dict[str, Any]:
+    """What a process of a mode prints."""
+    row = {
+        "batch": 1, "prefill_tokens_s": 2.0, "decode_tokens_s": rate, "gb_s": 4.0,
+        "step_ms": {"p50": 5.0, "p99": 6.0}, "share_of_limit": 0.5,
+    }  # fmt: skip
+    return {
+        "start_s": 7.0, "start": "warm", "compile_status": "ready", "compiled_graphs": 2,
+        "recompilations": 0, "memory": {"peak_bytes": 1}, "limits": {}, "rows": [row],
+        **dict.fromkeys(compare_compile_modes.SHARED, "x"), **others,
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("kind", [ValueError, RuntimeError])
 def test_a_mode_that_fails_leaves_the_others_their_figures(
     kind: type[Exception], capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    row = {
-        "batch": 1, "prefill_tokens_s": 2.0, "decode_tokens_s": 3.0, "gb_s": 4.0,
-        "step_ms": {"p50": 5.0, "p99": 6.0}, "share_of_limit": 0.5,
-    }  # fmt: skip
-    document = {
-        "start_s": 7.0, "start": "warm", "compile_status": "ready", "compiled_graphs": 2,
-        "recompilations": 0, "memory": {"peak_bytes": 1}, "limits": {}, "rows": [row],
-        **dict.fromkeys(compare_compile_modes.SHARED, "x"),
-    }  # fmt: skip
-
     def process(arguments: list[str], cache: Path) -> dict[str, Any]:
         if "reduce-overhead" in arguments:
             raise kind("it broke")
-        return document
+        return mode_document()
 
     monkeypatch.setattr(compare_compile_modes, "run_process", process)
     arguments = ["--shape", "tiny", "--plot", "none", "--modes", "eager", "reduce-overhead"]
@@ -576,12 +682,124 @@ def test_a_mode_that_fails_leaves_the_others_their_figures(
             compare_compile_modes.main(args)
 
 
+MACHINE = {"device": "a device", "torch": "2.0", "python": "3.0"}
+
+
+@pytest.fixture
+def compare_modes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., list[dict[str, Any]]]:
+    """Runs the tool with `--results`, each process giving `document` -> the file's modes."""
+
+    def compare(
+        *arguments: str,
+        process: Callable[[], dict[str, Any]] = mode_document,
+        machine: dict[str, str] = MACHINE,
+        path: Path = tmp_path / "modes.json",
+    ) -> list[dict[str, Any]]:
+        monkeypatch.setattr(compare_compile_modes, "machine", lambda device: machine)
+        monkeypatch.setattr(compare_compile_modes, "run_process", lambda *_: process())
+        given = ["--shape", "tiny", "--plot", "none", "--results", str(path), *arguments]
+        compare_compile_modes.main(compare_compile_modes.options().parse_args(given))
+        return json.loads(path.read_text())["modes"]
+
+    return compare
+
+
+def test_results_of_several_commands_make_one_table(
+    compare_modes: Callable[..., list[dict[str, Any]]], tmp_path: Path, capsys
+) -> None:
+    compare_modes("--modes", "minigen", "default")
+    capsys.readouterr()
+    kept = compare_modes("--modes", "eager", process=partial(mode_document, rate=4.0))
+    printed = capsys.readouterr().out
+    assert [row["mode"] for row in kept] == ["eager", "default", "minigen"]
+    shown = [line.split() for line in printed.splitlines() if line.endswith("50.0%")]
+    # mode, batch, cold, warm, recompiled, prefill, decode
+    assert [(cells[0], cells[6]) for cells in shown] == [
+        ("eager", "4"), ("default", "3"), ("minigen", "3")
+    ]  # fmt: skip
+    document = last_line(printed)
+    assert [row["mode"] for row in document["modes"]] == ["eager", "default", "minigen"]
+    assert document["results"] == str(tmp_path / "modes.json")
+    # One that is measured again counts as it is now.
+    kept = compare_modes("--modes", "default", process=partial(mode_document, rate=5.0))
+    assert [(row["mode"], row["rows"][0]["decode_tokens_s"]) for row in kept] == [
+        ("eager", 4.0), ("default", 5.0), ("minigen", 3.0)
+    ]  # fmt: skip
+    assert [file.name for file in tmp_path.iterdir()] == ["modes.json"]
+
+
+def test_results_are_written_after_each_mode(
+    compare_modes: Callable[..., list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    documents = [mode_document()] * 2  # the first mode's two starts; then the user's patience ends
+
+    def process() -> dict[str, Any]:
+        if not documents:
+            raise KeyboardInterrupt
+        return documents.pop()
+
+    with pytest.raises(KeyboardInterrupt):
+        compare_modes("--modes", "default", "eager", process=process)
+    [row] = json.loads((tmp_path / "modes.json").read_text())["modes"]
+    assert row["mode"] == "default"
+
+
+def test_results_of_other_settings_are_refused(
+    compare_modes: Callable[..., list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    file = tmp_path / "modes.json"
+    compare_modes("--modes", "eager")
+    before = file.read_text()
+
+    def never() -> dict[str, Any]:
+        pytest.fail("measured")
+
+    for arguments, message in (
+        (["--input-len", "5"], "modes.json: its modes were measured with input_len 128, not 5"),
+        (["--batch-size", "2"], r"with batch_size \[1, 16\], not \[2\]: give another file"),
+        (["--seed", "1"], "with seed 0, not 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compare_modes(*arguments, process=never)
+    for name, value in MACHINE.items():
+        with pytest.raises(ValueError, match=f"with {name} '{value}', not 'other'"):
+            compare_modes(machine={**MACHINE, name: "other"}, process=never)
+    # A configuration that has changed under the same name.
+    with pytest.raises(ValueError, match="with parameters 'x', this one with 5: give another"):
+        compare_modes("--modes", "minigen", process=partial(mode_document, parameters=5))
+    assert file.read_text() == before
+    for text in ("", "text", "[]", "{}", '{"settings": {}, "modes": []}', '{"settings": 1}'):
+        file.write_text(text)
+        with pytest.raises(ValueError, match="this is no file of results"):
+            compare_modes(process=never)
+    changed = json.loads(before)
+    del changed["modes"][0]["rows"]
+    file.write_text(json.dumps(changed))
+    with pytest.raises(ValueError, match="this is no file of results"):
+        compare_modes(process=never)
+    with pytest.raises(ValueError, match=r"absent/modes.json: there is no directory .*absent$"):
+        compare_modes(process=never, path=tmp_path / "absent" / "modes.json")
+
+
+def test_another_process_names_the_machine() -> None:
+    assert compare_compile_modes.machine("cpu") == environment(torch.device("cpu"))
+    with pytest.raises(ValueError, match="device 'tpu' is unknown"):
+        compare_compile_modes.machine("tpu")
+
+
 @pytest.mark.parametrize(
     ("tool", "arguments", "message"),
     [
         ("compare_batching", ["--shape", "huge"], "--shape 'huge' is unknown"),
         ("compare_batching", ["--num-seqs", "1"], "--num-seqs is 1"),
         ("compare_batching", ["--lengths", "trace"], "--lengths trace needs --trace"),
+        (
+            "compare_batching",
+            ["--lengths", "uniform", "--trace", "t.csv"],
+            "--trace is for the lengths of a trace, which --lengths leaves out",
+        ),
         ("scale", ["--context", "0"], "must be a whole number above 0"),
         ("compare_compile_modes", ["--config", "absent.json"], "absent.json cannot be read"),
     ],

@@ -91,6 +91,10 @@ class Way(ABC):
         """fp32 logits [S, V] after the prompts, whose keys are then in the cache."""
 
     @abstractmethod
+    def fill_cache(self) -> None:
+        """What the prefill leaves in the cache, without compiling anything."""
+
+    @abstractmethod
     def decode(self, tokens_S: Tensor, step: int) -> Tensor:
         """fp32 logits [S, V] after one token more; `step` counts from 0."""
 
@@ -166,6 +170,10 @@ class Padded(Way):
     def prefill(self) -> Tensor:
         parts = zip(self._batches, self._caches, strict=True)
         return torch.cat([self._prefill(*part) for part in parts])[self._order]
+
+    def fill_cache(self) -> None:
+        for part in zip(self._batches, self._caches, strict=True):
+            self._prefill_rows(*part)
 
     def decode(self, tokens_S: Tensor, step: int) -> Tensor:
         logits = []
@@ -308,11 +316,17 @@ class Flat(Way):
         hidden_TE = self.decoder.hidden_states(tokens_T, positions_T, cu_seqlens_S1)
         return _summed_loss(self.decoder.logits(hidden_TE), targets_T)
 
-    def prefill(self) -> Tensor:
-        return self._prefill(
+    def _prefill_inputs(self) -> tuple[Tensor, ...]:
+        return (
             self._tokens_T, self._positions_T, self._slots_T, self._cu_seqlens_S1,
             self._lengths_S.int(), self._table_SW, self._last_S,
         )  # fmt: skip
+
+    def prefill(self) -> Tensor:
+        return self._prefill(*self._prefill_inputs())
+
+    def fill_cache(self) -> None:
+        self._paged_rows(*self._prefill_inputs())
 
     def decode(self, tokens_S: Tensor, step: int) -> Tensor:
         return self._decode(tokens_S, self._lengths_S + step, self._table_SW, self._cu_decode_S1)

@@ -6,18 +6,21 @@ unpadded  one rectangle, but every layer takes the real rows out for its attenti
           back, as transformers does with a flash kernel
 flat      minigen's: no padding anywhere
 
-All have the same weights and, checked in float32 before anything is timed, the same logits at every
-real token. Timed are the prefill, decode steps, the forward of a training step (loss over all
-tokens, with what the backward will need kept), and a whole training step as `minigen train` takes
-it: forward, chunked cross-entropy, backward, clipping, AdamW. The losses and gradients of the
-latter must agree, too, in the dtype and compiled as they are timed.
+All have the same weights and, checked in float32 before they are timed, the same logits: after the
+prefill and each decode step for these two phases, at every real token for the forward of training.
+Timed are the prefill, decode steps, the forward of a training step (loss over all tokens, with what
+the backward will need kept), and a whole training step as `minigen train` takes it: forward,
+chunked cross-entropy, backward, clipping, AdamW. The losses and gradients of the latter must agree,
+too, in the dtype and compiled as they are timed. Each way is compiled once for all lengths, with
+dynamic sizes.
 
 Padding is the share of computed token rows that nobody asked for; in decoding, the share of the
 cache's rows that hold no token at its end. Tokens a second count real tokens only. MFU is the share
 of the device's peak that the samples' arithmetic makes (6 FLOP a weight and token, and causal
 attention; neither padding nor what is recomputed counts). What does not fit into memory is
-reported as such; a training step that does not compile runs uncompiled, and the table says so. The
-last line is one JSON document.
+reported as such; a training step that does not compile runs uncompiled, and the table says so. What
+is found is printed at once on standard error, and as a table at the end. The last line is one JSON
+document.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ import math
 import random
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +45,8 @@ from minigen.llm import device_of
 from minigen.measure import environment, percentile, seconds_of, synchronize
 from minigen.model import Decoder, DecoderConfig
 from minigen.report import bar, print_document, table
+from minigen.runner import MOST_COMPILATIONS
+from minigen.start import share_triton_cache
 from minigen.train_options import number
 from minigen.workloads import read_trace
 from tools import padded
@@ -52,8 +57,10 @@ from tools.training_ways import TRAINING_WAYS, WORDS, StepComparison, StepModels
 
 LENGTHS = ("uniform", "lognormal", "one-long", "trace")
 PHASES = ("prefill", "decode", "train-forward", "train-step")
+SERVING = PHASES[:3]  # all that `measure` times
 SHORT = 16  # of "one-long": all but one
 CHECKED_ROWS = 512  # logits held at once in the check
+LEFT_OUT = "left out: the lengths of a recorded trace, for which there is no --trace FILE"
 TOO_LARGE = "flat, which the others are compared with, does not fit into memory: ask for less"
 
 
@@ -129,21 +136,25 @@ def has_backward(device: torch.device) -> bool:
 
 @torch.no_grad()
 def check_agreement(
-    decoder: Decoder, prompts: Sequence[list[int]], steps_NS: Tensor
+    decoder: Decoder,
+    prompts: Sequence[list[int]],
+    steps_NS: Tensor,
+    phases: Sequence[str] = SERVING,
 ) -> dict[str, float | None]:
     """{way: largest difference of its logits from flat's, over the largest logit}.
 
-    Compared are all real tokens' logits, those after the prefill and those of each decode step.
-    None stands for a way that runs out of memory.
+    Compared are, for the forward of training, all real tokens' logits; for prefill and decode those
+    after the prefill and those of each decode step. None stands for a way that runs out of memory.
 
     Raises ValueError where a way differs by more than 1,000 roundings of the decoder's dtype, or
     where flat does not fit.
     """
     found: dict[str, float | None] = {}
-    reference: list[Tensor] = []
+    expected_TE: Tensor | None = None
+    expected: list[Tensor] = []
     for kind in reversed(WAYS):
         try:
-            results = _logits_of(kind, decoder, prompts, steps_NS)
+            hidden_TE, results = _results_of(kind, decoder, prompts, steps_NS, phases)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -152,12 +163,13 @@ def check_agreement(
             found[kind.name] = None
             continue
         if kind is Flat:
-            reference = results
+            expected_TE, expected = hidden_TE, results
             continue
-        pairs = list(zip(results[1:], reference[1:], strict=True))
-        for at in range(0, len(results[0]), CHECKED_ROWS):
-            rows = slice(at, at + CHECKED_ROWS)
-            pairs.append((decoder.logits(results[0][rows]), decoder.logits(reference[0][rows])))
+        pairs = list(zip(results, expected, strict=True))
+        if hidden_TE is not None and expected_TE is not None:
+            for at in range(0, len(hidden_TE), CHECKED_ROWS):
+                rows = slice(at, at + CHECKED_ROWS)
+                pairs.append((decoder.logits(hidden_TE[rows]), decoder.logits(expected_TE[rows])))
         difference = max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
         bound = 1000 * torch.finfo(decoder.embed.weight.dtype).eps
         if not difference <= bound:
@@ -169,15 +181,23 @@ def check_agreement(
     return found
 
 
-def _logits_of(
-    kind: type[Way], decoder: Decoder, prompts: Sequence[list[int]], steps_NS: Tensor
-) -> list[Tensor]:
-    """Hidden states of all real tokens, logits after the prefill and after each decode step."""
+def _results_of(
+    kind: type[Way],
+    decoder: Decoder,
+    prompts: Sequence[list[int]],
+    steps_NS: Tensor,
+    phases: Sequence[str],
+) -> tuple[Tensor | None, list[Tensor]]:
+    """(hidden states of all real tokens, logits after the prefill and after each decode step)."""
     release(decoder.embed.weight.device)
     way = kind(decoder, prompts, len(steps_NS), as_it_is, as_it_is)
+    hidden_TE = way.hidden_of_real() if "train-forward" in phases else None
+    if not {"prefill", "decode"} & set(phases):
+        return hidden_TE, []
     way.make_cache()
-    results = [way.hidden_of_real(), way.prefill()]
-    return results + [way.decode(tokens_S, step) for step, tokens_S in enumerate(steps_NS)]
+    results = [way.prefill()]
+    results += [way.decode(tokens_S, step) for step, tokens_S in enumerate(steps_NS)]
+    return hidden_TE, results
 
 
 def measure(
@@ -188,9 +208,12 @@ def measure(
     repeats: int,
     wrap: Compile,
     wrap_train: Compile,
-    phases: Sequence[str] = PHASES[:3],
-) -> list[dict[str, Any]]:
-    """One row a phase: milliseconds, tokens/s, padding, and the memory of cache and activations."""
+    phases: Sequence[str] = SERVING,
+) -> Iterator[dict[str, Any]]:
+    """One row a phase, as soon as it is measured.
+
+    It has milliseconds, tokens/s, padding, and the memory of cache and activations.
+    """
     device = decoder.embed.weight.device
     way = kind(decoder, prompts, len(steps_NS), wrap, wrap_train)
     real = sum(way.lengths)
@@ -204,10 +227,11 @@ def measure(
     def decode() -> dict[str, Any]:
         way.drop_cache()
         way.make_cache()
+        # Once, and not compiled: every round writes the same tokens into the same places.
+        way.fill_cache()
+        synchronize(device)
         spans: list[float] = []
         for _ in range(repeats + 1):
-            way.prefill()
-            synchronize(device)
             spans = []  # of the last round only: the others warm up
             for step, tokens_S in enumerate(steps_NS):
                 start = time.perf_counter()
@@ -234,7 +258,6 @@ def measure(
             decoder.requires_grad_(False)
         return {"ms": seconds * 1e3, "tokens_s": real / seconds, "peak_bytes": peak}
 
-    rows = []
     functions = {"prefill": prefill, "decode": decode, "train-forward": train_forward}
     for phase in phases:
         if phase == "train-forward" and max(way.lengths) == 1:
@@ -248,8 +271,7 @@ def measure(
                 raise
             # Where padding does not fit, that is the result.
             found = {"ms": None, "tokens_s": None, "peak_bytes": None, "error": OUT_OF_MEMORY}
-        rows.append({"way": way.name, "phase": phase, "padding": way.padding(phase), **found})
-    return rows
+        yield {"way": way.name, "phase": phase, "padding": way.padding(phase), **found}
 
 
 # --- the runs ------------------------------------------------------------------------------------
@@ -273,7 +295,13 @@ def main(args: argparse.Namespace) -> None:
             f"--max-rows is {args.max_rows}, but must hold a sequence of --max-len {max_len}"
         )
     trace: list[int] = []
-    kinds = args.lengths or LENGTHS[: 4 if args.trace else 3]
+    left_out: list[str] = []
+    kinds = args.lengths
+    if kinds is None:
+        left_out = [] if args.trace else ["trace"]
+        kinds = [kind for kind in LENGTHS if kind not in left_out]
+    elif args.trace and "trace" not in kinds:
+        raise ValueError("--trace is for the lengths of a trace, which --lengths leaves out")
     if "trace" in kinds:
         if args.trace is None:
             raise ValueError("--lengths trace needs --trace FILE, a CSV as azure_llm_conv")
@@ -292,8 +320,12 @@ def main(args: argparse.Namespace) -> None:
     decoder = _decoder(args, config, device, longest)
     padded.check_supported(decoder)
     dtype = decoder.embed.weight.dtype
+    if args.compile != "eager":
+        share_triton_cache(device)
     wrap = compiler(args.compile)
     wrap_train = wrap if has_backward(device) else as_it_is
+    if left_out:
+        print(LEFT_OUT, file=sys.stderr, flush=True)
 
     agreement: dict[str, Any] = {}
     step_agreement: dict[str, Any] = {}
@@ -312,6 +344,8 @@ def main(args: argparse.Namespace) -> None:
             step_agreement, found = _train(args, decoder.float(), trained, options, shown)
             rows += found
     _print(rows, lengths, trained, agreement, step_agreement)
+    if left_out:
+        print(LEFT_OUT)
     _draw(plot, phases, rows, list(kinds), f"{_model_name(args)}, {_name(dtype)}, {device}")
     print_document(
         {
@@ -322,6 +356,7 @@ def main(args: argparse.Namespace) -> None:
             "compile": args.compile,
             "compile_train": args.compile if wrap_train is wrap else "eager",
             "lengths": lengths,
+            "lengths_left_out": left_out,
             "decode_steps": args.decode_steps,
             "agreement": agreement,
             "train_step": {
@@ -354,31 +389,43 @@ def _serve(
         for _ in range(args.decode_steps)
     ]
     steps_NS = torch.tensor(steps, device=device)
-    prompts = {kind: tokens_of(lengths[kind], config.vocab_size, args.seed) for kind in lengths}
     agreement: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
-    decoder.float()
-    for kind in lengths:
-        agreement[kind] = check_agreement(decoder, prompts[kind], steps_NS)
-        shown.update()
-    decoder.to(dtype)
-    for kind in lengths:
-        for way in WAYS:
-            if agreement[kind].get(way.name, 0.0) is None:
-                found: list[dict[str, Any]] = [
+    # Sizes are dynamic: all lengths run what the first ones have compiled. Nothing may run
+    # uncompiled because a function of another way, or rectangles of one row, are compiled too.
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(  # pyright: ignore[reportAttributeAccessIssue]
+        recompile_limit=MOST_COMPILATIONS, accumulated_recompile_limit=MOST_COMPILATIONS
+    ):
+        for kind, values in lengths.items():
+            prompts = tokens_of(values, config.vocab_size, args.seed)
+            # To float32 and back leaves the weights as they were.
+            agreement[kind] = check_agreement(decoder.float(), prompts, steps_NS, phases)
+            decoder.to(dtype)
+            shown.update()
+            for way in WAYS:
+                found: Iterable[dict[str, Any]] = [
                     {"way": way.name, "phase": phase, "padding": None, "ms": None, "tokens_s": None,
                      "peak_bytes": None, "error": OUT_OF_MEMORY}
                     for phase in phases
                 ]  # fmt: skip
-            else:
-                # What one run has compiled for its sizes must not burden the next.
-                torch.compiler.reset()
-                found = measure(
-                    way, decoder, prompts[kind], steps_NS, args.repeats, wrap, wrap_train, phases
-                )
-            rows += [{"lengths": kind, **row} for row in found]
-            shown.update()
+                if agreement[kind].get(way.name, 0.0) is not None:
+                    found = measure(
+                        way, decoder, prompts, steps_NS, args.repeats, wrap, wrap_train, phases
+                    )
+                for row in found:
+                    rows.append({"lengths": kind, **row})
+                    _say(rows[-1], shown)
+                shown.update()
     return agreement, rows
+
+
+def _say(row: dict[str, Any], shown: tqdm) -> None:
+    """One line at once: a run that is cut off has said what it found."""
+    found = row.get("error")
+    if row["ms"] is not None:
+        found = f"{row['ms']:,.2f} ms, {row['tokens_s']:,.0f} tokens/s"
+    shown.write(f"{row['lengths']}, {row['phase']}, {row['way']}: {found}", file=sys.stderr)
 
 
 def _train(
@@ -403,14 +450,9 @@ def _train(
         agreement[kind] = comparison.check()
         shown.update()
         for way in TRAINING_WAYS:
-            row = {"lengths": kind, **comparison.measure(way)}
-            rows.append(row)
+            rows.append({"lengths": kind, **comparison.measure(way)})
+            _say(rows[-1], shown)
             shown.update()
-            if row["ms"] is not None:  # a run that is cut off has said what it found
-                shown.write(
-                    f"{kind}, {way.name}: {row['ms']:,.0f} ms, {row['tokens_s']:,.0f} tokens/s",
-                    file=sys.stderr,
-                )
     return agreement, rows
 
 
@@ -481,7 +523,7 @@ def _print(
         return [cells[0], name, *cells[2:], r["micro_batches"], r["tflop_s"], mfu]
 
     header = ["lengths, phase", "way", "ms", "× flat", "tokens/s", "padding", "memory MB"]
-    ordered = [r for phase in PHASES[:3] for r in rows if r["phase"] == phase]
+    ordered = [r for phase in SERVING for r in rows if r["phase"] == phase]
     steps = [r for r in rows if r["phase"] == "train-step"]
     if ordered:
         print()
@@ -515,8 +557,13 @@ def options() -> argparse.ArgumentParser:
         help="of all four ways; a training step only where attention has a backward",
     )  # fmt: skip
     made.add_argument("--phases", nargs="+", choices=PHASES, metavar="PHASE", help="default: all")
-    made.add_argument("--lengths", nargs="+", choices=LENGTHS, metavar="KIND", help="default: all")
-    made.add_argument("--trace", metavar="FILE", help="CSV as azure_llm_conv, plain or .xz")
+    made.add_argument(
+        "--lengths", nargs="+", choices=LENGTHS, metavar="KIND",
+        help=f"of {', '.join(LENGTHS)}; default: all, the last only with --trace",
+    )  # fmt: skip
+    made.add_argument(
+        "--trace", metavar="FILE", help="CSV as azure_llm_conv, plain or .xz: adds its lengths"
+    )
     made.add_argument(
         "--num-seqs", type=positive, metavar="N", help="16 on a CPU, 64 on a GPU by default"
     )

@@ -3,15 +3,23 @@
 Each mode runs in processes of its own, with compile caches of its own: the first finds them empty
 (cold start) and does nothing else, the second finds what the first has left (warm start) and runs
 `python -m minigen bench fixed`. The last line is one JSON document.
+
+With --results FILE the modes may be measured by several commands: what FILE holds of the same
+model, machine and settings is shown with what is measured now, and FILE is written after each mode.
+A mode that is measured again replaces what was found before.
 """
 
 import argparse
+import json
 import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from minigen.bench_start import SHORTEST, model_arguments, run_process
-from minigen.cli import positive
+from minigen.cli import positive, write_atomically
 from minigen.report import bar, print_document, table
 from tools.common import Plot, bars, model_config, parser, run
 
@@ -56,23 +64,114 @@ def measure(mode: str, arguments: list[str], workload: list[str]) -> dict[str, A
     }
 
 
-def main(args: argparse.Namespace) -> None:
-    model_config(args, "smollm2-135m")
-    plot = Plot(args, 3)
+# --- results of several commands -----------------------------------------------------------------
+
+
+def _environment(device: str) -> dict[str, Any]:
+    from minigen.llm import device_of
+    from minigen.measure import environment
+
+    return environment(device_of(device))
+
+
+def machine(device: str) -> dict[str, Any]:
+    """The device's name, torch's version and Python's. Raises ValueError for no such device."""
+    # In a process of its own: this one waits, and is to take no memory of the device.
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(_environment, device).result()
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """All that figures of one table must have in common. Raises ValueError for no such device."""
+    names = ("seed", "dtype", "batch_size", "input_len", "output_len", "num_cache_blocks")
+    return {
+        "model": args.shape or args.config or args.model,
+        **{name: getattr(args, name) for name in names},
+        **machine(args.device),
+    }
+
+
+def read_results(path: Path, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """{mode: its row} of the file; none where there is no file yet.
+
+    Raises ValueError where it holds something else, or was measured with other settings; OSError
+    where it cannot be read.
+    """
+    if not path.parent.is_dir():
+        raise ValueError(f"--results {path}: there is no directory {path.parent}")
+    if not path.exists():
+        return {}
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        before = {name: document["settings"][name] for name in settings}
+        found = {row["mode"]: row for row in document["modes"]}
+        whole = all(mode in MODES for mode in found) and all(
+            "error" in row or {*SHARED, "rows"} <= set(row) for row in found.values()
+        )
+    except (ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise ValueError(f"--results {path}: this is no file of results of compare_compile_modes")
+    for name, value in settings.items():
+        if before[name] != value:
+            raise ValueError(
+                f"--results {path}: its modes were measured with {name} {before[name]!r}, not "
+                f"{value!r}: give another file"
+            )
+    return found
+
+
+def refuse_others(path: Path, row: dict[str, Any], before: Iterable[dict[str, Any]]) -> None:
+    """Raises ValueError where a row's model is another than the file's, by the same name."""
+    for other in before:
+        for name in SHARED if "error" not in row and "error" not in other else ():
+            if row[name] != other[name]:
+                raise ValueError(
+                    f"--results {path}: its modes were measured with {name} {other[name]!r}, this "
+                    f"one with {row[name]!r}: give another file"
+                )
+
+
+def write_results(path: Path, settings: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    document = {"command": "compare_compile_modes", "settings": settings, "modes": rows}
+    write_atomically(path, json.dumps(document, indent=1) + "\n")
+
+
+# --- the run -------------------------------------------------------------------------------------
+
+
+def measure_all(
+    args: argparse.Namespace, settings: dict[str, Any], before: dict[str, dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The rows of `before` and those of --modes, in the order of MODES, also in --results."""
     workload = [
         "fixed", "--batch-size", *map(str, args.batch_size),
         "--input-len", str(args.input_len), "--output-len", str(args.output_len),
     ]  # fmt: skip
-    found = []
+    found = dict(before)
     with bar(len(args.modes), "Modes", "mode") as shown:
-        for mode in args.modes:
+        for i, mode in enumerate(args.modes):
             try:
-                found.append(measure(mode, model_arguments(args), workload))
+                found[mode] = measure(mode, model_arguments(args), workload)
             except ValueError as error:
-                if not found:  # the first mode would not take the options: nor will the others
+                if i == 0:  # the first mode would not take the options: nor will the others
                     raise
-                found.append({"mode": mode, "error": str(error)})
+                found[mode] = {"mode": mode, "error": str(error)}
+            if args.results is not None:
+                refuse_others(args.results, found[mode], before.values())
+                write_results(args.results, settings, [found[m] for m in MODES if m in found])
             shown.update()
+    return [found[mode] for mode in MODES if mode in found]
+
+
+def main(args: argparse.Namespace) -> None:
+    model_config(args, "smollm2-135m")
+    settings, before = {}, {}
+    if args.results is not None:
+        settings = settings_of(args)
+        before = read_results(args.results, settings)
+    plot = Plot(args, 3)
+    found = measure_all(args, settings, before)
     good = [one for one in found if "error" not in one]
     if not good:
         raise ValueError(found[0]["error"])
@@ -101,7 +200,13 @@ def main(args: argparse.Namespace) -> None:
     shared = {key: good[0][key] for key in SHARED}
     modes = [{k: v for k, v in one.items() if k not in SHARED} for one in found]
     print_document(
-        {"command": "compare_compile_modes", **shared, "plot": plot.path, "modes": modes}
+        {
+            "command": "compare_compile_modes",
+            **shared,
+            "plot": plot.path,
+            "results": None if args.results is None else str(args.results),
+            "modes": modes,
+        }
     )
 
 
@@ -132,6 +237,11 @@ def options() -> argparse.ArgumentParser:
     made.add_argument("--input-len", type=positive, default=128, metavar="N")
     made.add_argument("--output-len", type=positive, default=64, metavar="N")
     made.add_argument("--num-cache-blocks", type=positive, metavar="N")
+    made.add_argument(
+        "--results", type=Path, metavar="FILE",
+        help="JSON: what earlier commands have measured is read from it, what this one measures is "
+        "added; refused if the model, machine or settings differ",
+    )  # fmt: skip
     return made
 
 

@@ -2,8 +2,14 @@
 
 Each step is a command of its own, whose output goes to DIR/NAME.log and whose last line of JSON, if
 it ends with one, to DIR/report.json, which is rewritten after every step. A step that outlasts its
-limit is ended, one that fails is reported, and the others go on. With --budget no step is begun for
-which no time is left: --only runs those later. The last line is one JSON document.
+limit, nine minutes at most, is ended, one that fails is reported, and the others go on. With
+--budget no step is begun for which no time is left: --only runs those later. The steps that compare
+torch.compile's modes share DIR/modes.json, so that the last of them shows all modes in one table.
+
+The lengths `trace` of the batching steps and the step `trace` need a recorded trace of requests:
+--trace FILE, or azure_llm_conv.csv(.xz) found in `traces` of the directory that MINIGEN_SHARED
+names (else ../shared). Without one they are left out, and the report says so. The last line is one
+JSON document.
 """
 
 from __future__ import annotations
@@ -28,6 +34,13 @@ from tools import common
 
 # Less than this is no time to begin anything in.
 LEAST_SECONDS = 15.0
+# A step ends before a command that may take ten minutes does.
+MOST_SECONDS = 540.0
+ROOT = Path(__file__).resolve().parent.parent
+NO_TRACE = (
+    "left out, as there is no trace: the step trace and the lengths of a trace; give --trace FILE, "
+    "a CSV as azure_llm_conv"
+)
 
 
 @dataclass(frozen=True)
@@ -39,29 +52,73 @@ class Step:
     limit: float
 
 
-def steps(gpu: bool, shape: str, output: Path) -> list[Step]:
+def find_trace() -> Path | None:
+    """The recorded trace among the shared material, if it is there."""
+    shared = Path(os.environ.get("MINIGEN_SHARED", ROOT.parent / "shared"))
+    files = [shared / "traces" / f"azure_llm_conv.csv{end}" for end in ("", ".xz")]
+    return next((file for file in files if file.is_file()), None)
+
+
+def steps(gpu: bool, shape: str, output: Path, trace: Path | None = None) -> list[Step]:
     """What there is to run, the checks first."""
     bench = ("minigen", "bench")
     on = ("--shape", shape)
-    plots = ("modes", "torchs-graphs", "batching", "scale")
-    plot = {name: ("--plot", str(output / f"{name}.png")) for name in plots}
+
+    def plot(name: str) -> tuple[str, str]:
+        return "--plot", str(output / f"{name}.png")
+
+    # Ten cold and warm starts of every mode together would outlast what a step may take: all steps
+    # add to one file, and the last one's table and plot have all modes.
+    modes = ("tools.compare_compile_modes", *on, "--results", str(output / "modes.json"))
+    modes_steps = [
+        Step(name, (*modes, *plot("modes"), "--modes", *some), MOST_SECONDS)
+        for name, some in (
+            ("modes", ("eager", "default", "minigen")),
+            ("reduce-overhead", ("reduce-overhead",)),
+            ("max-autotune", ("max-autotune",)),
+        )
+    ]
+    # Each phase compiles four ways, so each is a step.
+    traced = () if trace is None else ("--trace", str(trace))
+    batching = [
+        Step(
+            f"batching-{name}",
+            ("tools.compare_batching", *on, "--phases", phase, *traced, *plot(f"batching-{name}")),
+            MOST_SECONDS,
+        )
+        for name, phase in (
+            ("prefill", "prefill"), ("decode", "decode"), ("forward", "train-forward")
+        )
+    ]  # fmt: skip
+
+    def replay(num_requests: str, rate: str) -> list[Step]:
+        """The trace's first requests, arriving `rate` times faster than recorded."""
+        if trace is None:
+            return []
+        command = (*bench, "trace", *on, "--dataset-path", str(trace))
+        return [Step("trace", (*command, "--num-prompts", num_requests, "--rate", rate), 300)]
+
     if not gpu:
         return [
             Step("fixed", (*bench, "fixed", *on, "--batch-size", "1", "16"), 300),
             Step("start", (*bench, "start", *on), 300),
             Step("decode", ("tools.bench_decode", *on), 300),
-            Step("modes", ("tools.compare_compile_modes", *on, *plot["modes"]), 1200),
-            Step("batching", ("tools.compare_batching", *on, *plot["batching"]), 600),
+            *replay("24", "0.2"),  # 24 requests in 72 s
+            *modes_steps,
+            *batching,
             Step("logprobs", ("tools.compare_logprobs", "--shape", "tiny"), 300),
-            Step("scale", ("tools.scale", *on, *plot["scale"]), 900),
+            Step("scale", ("tools.scale", *on, *plot("scale")), MOST_SECONDS),
         ]
     attention = ("tools.bench_attention", "--what", "all", "--seconds", "60")
     train_step = ("tools.compare_batching", "--shape", "llama-3.2-1b", "--phases", "train-step")
     train_step += ("--tokens", "32768", "--max-rows", "32768", "--lengths", "lognormal", "one-long")
+    train_step += ("trace", *traced) if traced else ()
     processes = str(max(2, min(14, (os.cpu_count() or 8) - 2)))
     # Every test by its name, as it ends: a run that is cut off says how far it came.
     tests = ("pytest", "-m", "gpu", "-vv", "-rs", "--durations", "15", *pytest_plugins(processes))
-    modes, large = ("tools.compare_compile_modes", *on), ("--shape", "llama-3.1-8b")
+    large = ("--shape", "llama-3.1-8b")
+    # Its context holds 131,072 tokens, which most shapes' do not.
+    long = ("--shape", "llama-3.2-1b")
     return [
         Step("tests", tests, 420),
         Step(
@@ -71,20 +128,15 @@ def steps(gpu: bool, shape: str, output: Path) -> list[Step]:
         ),
         Step("fixed", (*bench, "fixed", *on), 300),
         Step("nano", (*bench, "nano", *on), 240),
+        *replay("2000", "10"),  # 55 requests a second for 42 s
         Step("start", (*bench, "start", *on), 300),
         Step("fixed-8b", (*bench, "fixed", *large, "--output-len", "96"), 300),
         Step("nano-8b", (*bench, "nano", *large), 240),
-        Step("batching", ("tools.compare_batching", *on, *plot["batching"]), 300),
+        *batching,
         Step("logprobs", ("tools.compare_logprobs", *on), 180),
-        Step("train-step", (*train_step, "--plot", str(output / "train-step.png")), 300),
-        Step("scale", ("tools.scale", *on, *plot["scale"]), 420),
-        # Ten cold and warm starts of every mode together would outlast what a step may take.
-        Step("modes", (*modes, "--modes", "eager", "default", "minigen", *plot["modes"]), 540),
-        Step(
-            "torchs-graphs",
-            (*modes, "--modes", "reduce-overhead", "max-autotune", *plot["torchs-graphs"]),
-            540,
-        ),
+        Step("train-step", (*train_step, *plot("train-step")), 420),
+        Step("scale", ("tools.scale", *long, *plot("scale")), MOST_SECONDS),
+        *modes_steps,
     ]
 
 
@@ -169,7 +221,13 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--output", type=Path, required=True, metavar="DIR", help="logs and results")
     made.add_argument("--only", nargs="+", metavar="NAME", help="these steps; default: all")
-    made.add_argument("--shape", help="default: qwen3-0.6b on a GPU, else smollm2-135m")
+    made.add_argument(
+        "--shape",
+        help="default: qwen3-0.6b on a GPU, else smollm2-135m; steps that need another have it",
+    )
+    made.add_argument(
+        "--trace", type=Path, metavar="FILE", help="of requests, a CSV as azure_llm_conv or its .xz"
+    )
     made.add_argument(
         "--budget", type=float, default=float("inf"), metavar="SECONDS", help="of all steps"
     )
@@ -179,16 +237,25 @@ def parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     gpu = torch.cuda.is_available()
     shape = args.shape or ("qwen3-0.6b" if gpu else "smollm2-135m")
-    planned = steps(gpu, shape, args.output)
+    if args.trace is not None and not args.trace.is_file():
+        raise ValueError(f"--trace {args.trace}: there is no such file")
+    trace = args.trace or find_trace()
+    planned = steps(gpu, shape, args.output, trace)
     names = [step.name for step in planned]
+    if trace is None and "trace" in (args.only or ()):
+        raise ValueError("--only trace: there is no trace, give --trace FILE")
     if unknown := set(args.only or ()) - set(names):
         raise ValueError(f"--only {min(unknown)}: the steps here are {', '.join(names)}")
     args.output.mkdir(parents=True, exist_ok=True)
     chosen = [step for step in planned if args.only is None or step.name in args.only]
+    if trace is None:
+        print(NO_TRACE, flush=True)
     done = run_all(chosen, args.output, args.budget)
     device = torch.cuda.get_device_name() if gpu else "cpu"
     short = [{key: step[key] for key in ("name", "result", "seconds")} for step in done]
-    print(json.dumps({"device": device, "torch": torch.__version__, "steps": short}))
+    used = None if trace is None else str(trace)
+    document = {"device": device, "torch": torch.__version__, "trace": used, "steps": short}
+    print(json.dumps(document))
     if any(step["result"].startswith(("failed", "ended")) for step in done):
         raise SystemExit(1)
 
