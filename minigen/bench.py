@@ -9,9 +9,10 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from minigen import cli, workloads
-from minigen.bench_options import model_config, model_dtype, read_goodput
+from minigen.bench_options import decoder_config, model_config, model_dtype, read_goodput
 from minigen.bench_start import run_start
 from minigen.report import print_document, table
+from minigen.weights.hub import resolve_model
 from minigen.workloads import Request
 
 if TYPE_CHECKING:
@@ -25,12 +26,19 @@ def run(args: argparse.Namespace) -> int:
     rows = _trace_rows(args)
     if args.rival and args.workload not in ("nano", "fixed"):
         raise ValueError(f"--rival runs nano and fixed, not {args.workload}")
-    if args.workload == "nano":
-        workloads.check_nano(args.num_prompts or workloads.NANO_REQUESTS)
     if args.workload == "start":
         return run_start(args)
-
+    if args.workload == "fixed" and args.max_num_seqs is not None:
+        most = max(args.batch_size)
+        if most > args.max_num_seqs:
+            raise ValueError(f"--batch-size {most} is more than --max-num-seqs {args.max_num_seqs}")
+    least = _least_context(args, rows)
     start = time.perf_counter()
+    # Refused before the seconds that torch takes.
+    if args.max_model_len is not None:
+        _check_context(args, least, args.max_model_len)
+    if args.model is not None:
+        resolve_model(args.model)
     import torch
 
     from minigen.bench_workloads import Bench, serve
@@ -48,6 +56,8 @@ def run(args: argparse.Namespace) -> int:
     torch.zeros(1, device=device)  # a GPU's context belongs to the start
     imported = time.perf_counter() - start
     dtype = model_dtype(args, config)
+    made_for = decoder_config(args, config).max_position_embeddings
+    _check_context(args, least, args.max_model_len or made_for)
     limits = measure_limits(device, dtype)
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -55,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
 
     start = time.perf_counter()
     llm = load(args, config)
+    _check_context(args, least, llm.max_model_len)  # the cache may hold less
     serve(llm, [Request([1] * 8, 2)], 0.0)
     start_s = imported + time.perf_counter() - start
     parts = {"import": imported, **llm.start_seconds}
@@ -112,6 +123,32 @@ def _trace_rows(args: argparse.Namespace) -> list[workloads.TraceRow] | None:
             + ", ".join(workloads.TRACE_COLUMNS)
         )
     return workloads.read_trace(args.dataset_path)
+
+
+def _least_context(args: argparse.Namespace, rows: list[workloads.TraceRow] | None) -> int:
+    """Tokens that the context must hold: the longest request with its output, of a trace, which
+    leaves out what does not fit, the shortest."""
+    if rows is not None:
+        return min(row.prompt_tokens + row.output_tokens for row in rows[: args.num_prompts])
+    if args.workload == "fixed":
+        return args.input_len + args.output_len
+    requests = workloads.nano(args.num_prompts or workloads.NANO_REQUESTS, vocab_size=1)
+    return max(len(request.prompt) + request.max_tokens for request in requests)
+
+
+def _check_context(args: argparse.Namespace, least: int, context: int) -> None:
+    """Raises ValueError for a context of fewer tokens than `least`."""
+    if least <= context:
+        return
+    if args.workload == "trace":
+        raise ValueError(
+            f"no request of {args.dataset_path} fits into the context of {context} tokens: give a "
+            "larger --max-model-len"
+        )
+    raise ValueError(
+        f"a request has {least} tokens with its output, the context holds {context}: give shorter "
+        "ones or a larger --max-model-len"
+    )
 
 
 def load(args: argparse.Namespace, config: dict[str, Any] | None) -> "LLM":

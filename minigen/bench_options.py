@@ -15,6 +15,8 @@ from minigen.shapes import SHAPES
 if TYPE_CHECKING:
     import torch
 
+    from minigen.model import DecoderConfig
+
 WORKLOADS = ("nano", "fixed", "trace", "start")
 SLO_NAMES = ("ttft", "tpot", "e2el")
 DEFAULT_GOODPUT = ("ttft:1000", "tpot:100")
@@ -121,10 +123,17 @@ def model_config(args: argparse.Namespace) -> dict[str, Any] | None:
 
 def model_dtype(args: argparse.Namespace, config: dict[str, Any] | None) -> "torch.dtype":
     """The dtype that the options and the model's config lead to."""
-    from minigen.model import DTYPES, DecoderConfig
+    from minigen.model import DTYPES
+
+    return decoder_config(args, config).dtype if args.dtype == "auto" else DTYPES[args.dtype]
+
+
+def decoder_config(args: argparse.Namespace, config: dict[str, Any] | None) -> "DecoderConfig":
+    """The model's config, the checkpoint's where `config` is None. Raises ValueError."""
+    from minigen.model import DecoderConfig
     from minigen.weights.checkpoint import read_config
     from minigen.weights.hub import resolve_model
 
-    if args.dtype != "auto":
-        return DTYPES[args.dtype]
-    return DecoderConfig.from_hf(config or read_config(resolve_model(args.model))).dtype
+    return DecoderConfig.from_hf(
+        read_config(resolve_model(args.model)) if config is None else config
+    )

@@ -75,7 +75,10 @@ def serve(
 
 
 class Bench:
-    """The workloads over one LLM; each returns what the JSON document holds of it."""
+    """The workloads over one LLM; each returns what the JSON document holds of it.
+
+    Whoever runs them has checked that the requests fit into batch and context.
+    """
 
     def __init__(self, args: argparse.Namespace, llm: LLM, cost: Cost, limits: Limits) -> None:
         self.args, self.llm, self.cost, self.limits = args, llm, cost, limits
@@ -89,7 +92,6 @@ class Bench:
 
     def nano(self) -> dict[str, Any]:
         requests = workloads.nano(self.args.num_prompts or workloads.NANO_REQUESTS, self.vocab_size)
-        self._check_fits(requests)
         # On a GPU with all prompts: what a kind of step needs at its first time takes long to load.
         warm = requests if self.llm.device.type == "cuda" else requests[:2]
         serve(self.llm, [Request(r.prompt, 4) for r in warm], NANO_TEMPERATURE)
@@ -113,11 +115,6 @@ class Bench:
         return {"rows": [row]}
 
     def fixed(self) -> dict[str, Any]:
-        most = self.llm.engine.runner.max_num_seqs
-        if max(self.args.batch_size) > most:
-            raise ValueError(
-                f"--batch-size {max(self.args.batch_size)} is more than --max-num-seqs {most}"
-            )
         return {"rows": [self._fixed(batch) for batch in self.args.batch_size]}
 
     def _fixed(self, batch: int) -> dict[str, Any]:
@@ -125,7 +122,6 @@ class Bench:
         requests = workloads.fixed(
             batch, args.input_len, args.output_len, self.vocab_size, args.seed
         )
-        self._check_fits(requests)
         prompts = [Request(r.prompt, 1) for r in requests]
         serve(llm, [Request(r.prompt, min(4, r.max_tokens)) for r in requests], 0.0)
         start = time.perf_counter()
@@ -172,11 +168,6 @@ class Bench:
             rows, num_requests=args.num_prompts, rate=args.rate, vocab_size=self.vocab_size,
             max_model_len=llm.max_model_len, seed=args.seed,
         )  # fmt: skip
-        if not requests:
-            raise ValueError(
-                f"no request of {args.dataset_path} fits into the context of {llm.max_model_len} "
-                "tokens: give a larger --max-model-len"
-            )
         serve(llm, [Request(requests[0].prompt, min(4, requests[0].max_tokens))], 0.0)
         meter = StepMeter(llm.engine)
         # When each request's tokens came. A request counts from its time in the trace: one that
@@ -242,14 +233,6 @@ class Bench:
         """Cache that the steps read which took a request from `had` output tokens to `have`."""
         context = len(request.prompt)
         return self.cost.decode_bytes(context + had, context + have)
-
-    def _check_fits(self, requests: Sequence[Request]) -> None:
-        longest = max(len(r.prompt) + r.max_tokens for r in requests)
-        if longest > self.llm.max_model_len:
-            raise ValueError(
-                f"a request has {longest} tokens with its output, the context holds "
-                f"{self.llm.max_model_len}: give shorter ones or a larger --max-model-len"
-            )
 
 
 def _slow_side(speeds: Sequence[float]) -> dict[str, float]:

@@ -227,12 +227,16 @@ def load_llm(
 
     Raises ValueError (as CheckpointError) or OSError.
     """
+    from minigen.weights.hub import resolve_model
+
+    # Before the seconds that torch takes.
+    path = resolve_model(args.model) if config is None else None
     from minigen.llm import LLM
 
     # torch 2.13 warns its own jagged tensors about a rename; a user can do nothing about it.
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     warnings.showwarning = _show_warning
-    make = partial(LLM, args.model) if config is None else partial(LLM.from_config, config)
+    make = partial(LLM, path) if config is None else partial(LLM.from_config, config)
     llm = make(
         dtype=args.dtype,
         device=args.device,

@@ -10,7 +10,7 @@ import json
 import lzma
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,20 +91,28 @@ class Samples:
         return total_T1[self.starts_N1].diff()
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_jsonl(
+    path: Path, read: Callable[[int], object] = lambda _: None
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, object) of each line that is not empty; `.xz` files are unpacked.
+
+    `read` hears of the file's bytes as they are taken, all of them in the end.
 
     Raises ValueError naming file and line, OSError if the file cannot be read.
     """
-    with lzma.open(path) if path.suffix == ".xz" else path.open("rb") as stream:
-        lines = enumerate(stream, start=1)
+    with path.open("rb") as file, lzma.open(file) if path.suffix == ".xz" else file as stream:
+        lines, taken = enumerate(stream, start=1), 0
         while True:
             try:
                 number, line = next(lines)
             except StopIteration:
+                read(file.tell() - taken)
                 return
             except (lzma.LZMAError, EOFError) as error:
                 raise ValueError(f"{path} is not a whole xz file: {error}") from None
+            if (at := file.tell()) > taken:
+                read(at - taken)
+                taken = at
             if not line.strip():
                 continue
             try:
@@ -123,8 +131,13 @@ def is_held_out(item: dict[str, Any], share: float) -> bool:
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
-def read_samples(path: Path, tokenizer: Tokenizer, settings: Settings) -> Samples:
-    """Reads, tokenizes and cuts the samples of one file.
+def read_samples(
+    path: Path,
+    tokenizer: Tokenizer,
+    settings: Settings,
+    read: Callable[[int], object] = lambda _: None,
+) -> Samples:
+    """Reads, tokenizes and cuts the samples of one file; `read` as for `read_jsonl`.
 
     Raises ValueError, naming file and line, for a line that is no sample, a conversation that the
     chat template refuses, and a file that gives no target tokens at all; OSError.
@@ -133,7 +146,7 @@ def read_samples(path: Path, tokenizer: Tokenizer, settings: Settings) -> Sample
     targets: list[Tensor] = []
     held_out: list[bool] = []
     counts = Counter(items=0, dropped=0, split=0, unlike=0)
-    for number, item in read_jsonl(path):
+    for number, item in read_jsonl(path, read):
         try:
             ids, mask, unlike = _tokenize(item, tokenizer, settings)
         except ValueError as error:

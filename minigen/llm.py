@@ -21,6 +21,7 @@ from minigen.runner import Runner, check_compile_mode
 from minigen.sampling_params import SamplingParams
 from minigen.scheduler import Scheduler
 from minigen.start import compiler_imported
+from minigen.ticking import ticking
 from minigen.weights.checkpoint import read_generation_config
 from minigen.weights.hub import resolve_model
 from minigen.weights.tokenizer import Tokenizer
@@ -165,9 +166,12 @@ class LLM:
         passed("load")
         if compile != "eager":
             bar = progress and not compile_in_background
-            with tqdm(
-                total=1, desc="Compiling", disable=not bar, bar_format="{desc}: {elapsed}"
-            ) as b:
+            with (
+                tqdm(
+                    total=1, desc="Compiling", disable=not bar, bar_format="{desc}: {elapsed}"
+                ) as b,
+                ticking(b),
+            ):
                 self._runner.start_compiling(compile_in_background)
                 b.update()
             if self.compile_status.startswith("failed") and not compile_in_background:

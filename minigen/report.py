@@ -7,15 +7,26 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from minigen import cli
+from minigen.ticking import ticking
+
+DELAY = 2.0  # seconds before a bar appears
 
 
 @contextlib.contextmanager
-def bar(total: int, what: str, unit: str = "token") -> Iterator[Any]:
-    """A progress bar on standard error, where that is a terminal and it takes over two seconds."""
+def bar(total: int, what: str, unit: str = "token", ticks: bool = True) -> Iterator[Any]:
+    """A progress bar on standard error, where that is a terminal and it takes longer than `DELAY`.
+
+    Its time goes on by itself, unless `ticks` is false: for what no other thread may disturb.
+    """
     from tqdm import tqdm
 
     hidden = not cli.is_terminal(sys.stderr)
-    with tqdm(total=total, desc=what, unit=unit, delay=2, disable=hidden, leave=False) as shown:
+    # Bytes are many: in thousands and millions.
+    options = {"unit": unit, "unit_scale": unit == "B", "delay": DELAY, "leave": False}
+    with (
+        tqdm(total=total, desc=what, disable=hidden, **options) as shown,
+        ticking(shown) if ticks else contextlib.nullcontext(),
+    ):
         yield shown
 
 

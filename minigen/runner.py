@@ -298,6 +298,23 @@ class Runner:
         logits_RV = self.model.logits(hidden_TE[last_R], wide=head == LOGITS)
         return logits_RV if head == LOGITS else draw(logits_RV, *sampling, mode=head)
 
+    def serve_by(
+        self,
+        hidden: Callable[..., Tensor] | None = None,
+        head: Callable[..., Tensor] | None = None,
+        replay: Callable[..., Tensor] | None = None,
+    ) -> None:
+        """Has steps call other functions: to watch what they are given, or to time the host alone.
+
+        hidden: in place of the decoder, the seven tensors of `_hidden_step` -> hidden_TE.
+        head: in place of the head, as `_head_step`.
+        replay: in place of a graph, as `StepGraphs.run`; without graphs it is never called.
+        What is None stays. For an engine that does not compile: compiling sets the first two anew.
+        """
+        self._hidden, self._head = hidden or self._hidden, head or self._head
+        if replay is not None and self._graphs is not None:
+            self._graphs.run = replay
+
     def start_compiling(self, background: bool) -> None:
         """Compiles both functions, at once or in a thread while the uncompiled ones serve."""
         if self.compile == "eager":

@@ -27,14 +27,14 @@ WAIT = datetime.timedelta(hours=6)
 
 def run(args: argparse.Namespace) -> int:
     """The command; raises ValueError (as CheckpointError) or OSError for what it cannot use."""
-    if args.nproc_per_node and "LOCAL_RANK" not in os.environ:
-        return _launch(args)
     if (args.model is None) == (args.config is None):
         raise ValueError("give either --model (a checkpoint) or --config (for random weights)")
     if args.steps is not None and args.epochs is not None:
         raise ValueError("give either --steps or --epochs")
     if args.plot:
         check_matplotlib()
+    if args.nproc_per_node and "LOCAL_RANK" not in os.environ:
+        return _launch(args)
     # torch 2.13 warns its own jagged tensors about a rename; a user can do nothing about it.
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     with _join(args.device) as (ranks, device):
@@ -46,7 +46,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _launch(args: argparse.Namespace) -> int:
-    """Becomes torchrun, which starts this command once a process."""
+    """Becomes torchrun, which starts this command once a process.
+
+    What can be checked is checked before: each process would refuse it, and torchrun then shows a
+    traceback of its own.
+    """
+    device = _device(args.device)
+    if device.type == "cuda":
+        _check_gpu(args.nproc_per_node - 1)
+    Run(args, Ranks(0, args.nproc_per_node), device).prepare_output()
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     count = ["--nproc-per-node", str(args.nproc_per_node)]
     command = [*launcher, *count, "-m", "minigen", *args.argv]
@@ -63,11 +71,7 @@ def _join(device: str) -> Iterator[tuple[Ranks, torch.device]]:
         return
     local = int(os.environ["LOCAL_RANK"])
     if found.type == "cuda":
-        if local >= torch.cuda.device_count():
-            raise ValueError(
-                f"process {local} finds {torch.cuda.device_count()} GPUs: start no more processes "
-                "than there are"
-            )
+        _check_gpu(local)
         found = torch.device("cuda", local)
         torch.cuda.set_device(found)
     dist.init_process_group(
@@ -79,6 +83,15 @@ def _join(device: str) -> Iterator[tuple[Ranks, torch.device]]:
         yield Ranks(dist.get_rank(), world), found
     finally:
         dist.destroy_process_group()
+
+
+def _check_gpu(local: int) -> None:
+    """Raises ValueError where process `local` of this machine has no GPU for itself."""
+    count = torch.cuda.device_count()
+    if local >= count:
+        raise ValueError(
+            f"process {local} finds {count} GPUs: start no more processes than there are"
+        )
 
 
 def _leave(code: int) -> NoReturn:

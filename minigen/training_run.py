@@ -17,6 +17,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from minigen.flops import step_flops
 from minigen.greedy import continue_greedily
 from minigen.model import DTYPES, Decoder
 from minigen.packing import Step, pack, plan, stream
+from minigen.report import bar
 from minigen.trainer import INIT_STD, Ranks, Schedule, Trainer, TrainingModel, initialise
 from minigen.training_log import Clock, Report, plot
 from minigen.training_start import read_start
@@ -52,7 +54,11 @@ SAMPLE_TOKENS = 60
 
 
 class Run:
-    """One call of the command, in one of its processes."""
+    """One call of the command, in one of its processes.
+
+    It is checked when it is made, nothing is written and no other process waited for; `train` runs
+    it. Raises ValueError (as CheckpointError) and OSError for what it cannot use.
+    """
 
     def __init__(self, args: argparse.Namespace, ranks: Ranks, device: torch.device) -> None:
         self.args, self.ranks, self.device = args, ranks, device
@@ -61,6 +67,8 @@ class Run:
         self.dtype = DTYPES[auto if args.dtype == "auto" else args.dtype]
         self.save_dtype = self.dtype if args.save_dtype == "auto" else DTYPES[args.save_dtype]
         self.sources = [Source.parse(text) for text in args.data]
+        for source in self.sources:
+            source.path.open("rb").close()
         self.start = read_start(args)
         if args.chat_prompt and not self.start.tokenizer.has_chat_template:
             raise ValueError(f"--chat-prompt: {self.start.tokenizer_dir} has no chat template")
@@ -71,13 +79,15 @@ class Run:
             self.start.stop_ids,
             args.assistant_only_loss,
         )
-        self._prepare_output()
-        self.digests = fingerprint(self.sources, self.start.tokenizer_dir, self.data_settings)
-        self.settings = self._settings()
+        self.last = self._last_checkpoint()
+
+    def _last_checkpoint(self) -> Path | None:
+        """What to go on from. Raises ValueError if it was made with other settings."""
         saved = checkpoints(self.output)
-        self.last = saved[-1] if saved else None
-        if self.last is not None:
-            check_settings(self.last, self.settings)
+        if not saved:
+            return None
+        check_settings(saved[-1], self.settings)
+        return saved[-1]
 
     def _max_length(self) -> int:
         args, possible = self.args, self.start.config.max_position_embeddings
@@ -88,19 +98,24 @@ class Run:
             raise ValueError(f"--max-length {longest} is more than --tokens {args.tokens}")
         return longest
 
-    def _prepare_output(self) -> None:
+    def prepare_output(self) -> None:
+        """Makes the output, and locks it for as long as this object and process live."""
         output = self.output
-        if self.ranks.first:
-            if output.is_dir() and any(output.iterdir()) and not (output / TOKENS).is_dir():
-                raise ValueError(f"{output} is not empty and no output of train: give another")
-            (output / TOKENS).mkdir(parents=True, exist_ok=True)
-            if not os.access(output, os.W_OK):
-                raise ValueError(f"{output} cannot be written to")
-            self._lock = _lock(output)
-            remove_leftovers(output)
-        self.ranks.wait()
+        if output.is_dir() and any(output.iterdir()) and not (output / TOKENS).is_dir():
+            raise ValueError(f"{output} is not empty and no output of train: give another")
+        (output / TOKENS).mkdir(parents=True, exist_ok=True)
+        if not os.access(output, os.W_OK):
+            raise ValueError(f"{output} cannot be written to")
+        self._lock = _lock(output)
+        remove_leftovers(output)
 
-    def _settings(self) -> dict[str, Any]:
+    @cached_property
+    def digests(self) -> list[str]:
+        """Of all data, which is read for it."""
+        return fingerprint(self.sources, self.start.tokenizer_dir, self.data_settings)
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
         """All that decides the losses; a run that goes on must have the same."""
         args = self.args
         names = (
@@ -130,7 +145,10 @@ class Run:
             samples = load_samples(file) if self.ranks.first else None
             if samples is None and self.ranks.first:
                 self._say(f"reading {source.path}")
-                samples = read_samples(source.path, self.start.tokenizer, self.data_settings)
+                with bar(source.path.stat().st_size, source.path.name, "B") as shown:
+                    samples = read_samples(
+                        source.path, self.start.tokenizer, self.data_settings, shown.update
+                    )
                 keep_samples(samples, file)
             self.ranks.wait()
             samples = samples or load_samples(file)
@@ -167,6 +185,10 @@ class Run:
 
     def train(self) -> int:
         args, ranks = self.args, self.ranks
+        if ranks.first:
+            self.prepare_output()
+        ranks.wait()
+        self.last = self._last_checkpoint()  # another run may have ended in between
         corpus = Corpus.of(self._samples())
         costs = step_flops(self.start.config, corpus.lengths_N, corpus.num_targets_N)
         steps = self._plan(corpus, costs)

@@ -209,7 +209,7 @@ def test_steps_of_fixed_sizes_draw_the_same(count: int) -> None:
             replayed.append(size.num_rows)
         return run_graph(size, sampling, head)
 
-    graphs.run = watched
+    fixed.runner.serve_by(replay=watched)
     found = run(fixed, many, params)
     assert found == run(engine(num_blocks=128, max_num_seqs=17), many, params)
     assert replayed
@@ -296,7 +296,7 @@ def test_heads_take_no_other_numbers_of_rows_than_captured_steps_have(monkeypatc
         sampled.append(sum(chunk.samples for chunk in chunks))
         return launch(chunks, *rest)
 
-    monkeypatch.setattr(runner, "_head", take)
+    runner.serve_by(head=take)
     monkeypatch.setattr(runner, "launch", start)
     many = [list(range(1, 1 + n)) for n in range(3, 16)]  # 117 tokens, of which a step takes 64
     params = [SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)] * len(many)
@@ -320,7 +320,7 @@ def test_few_rows_give_what_the_layer_gives(long_rope: bool, monkeypatch) -> Non
 
     monkeypatch.setattr("minigen.runner.serves_few_rows", serves)
     made = engine(long_rope=long_rope, decode_graphs=True)
-    made.runner._hidden = made.runner._hidden_by_layer
+    made.runner.serve_by(hidden=made.runner._hidden_by_layer)
     assert run(made, many, params) == expected
     assert {True, False} == set(served)
 
@@ -351,7 +351,7 @@ def test_tiled_rows_give_what_the_layer_gives(long_rope: bool, monkeypatch) -> N
     monkeypatch.setattr("minigen.few_rows.choose_parts", choose)
     monkeypatch.setattr("minigen.runner.serves_tiles", serves)
     made = engine(long_rope=long_rope, max_num_seqs=19, decode_graphs=True)
-    made.runner._hidden = made.runner._hidden_by_layer
+    made.runner.serve_by(hidden=made.runner._hidden_by_layer)
     assert run(made, many, params) == expected
     assert {True, False} == set(served)
     block = made.runner.model.blocks[0]
@@ -502,14 +502,14 @@ def test_a_warm_up_launches_what_the_step_does(monkeypatch) -> None:
     model = Decoder.from_config(DecoderConfig.from_hf(hf), seed=3)
     made = Runner(model, num_blocks=31, block_size=4, max_num_seqs=4, max_num_batched_tokens=64,
                   decode_graphs=True)  # fmt: skip
-    made._hidden = made._hidden_by_layer
+    made.serve_by(hidden=made._hidden_by_layer)
     step = made._null_step(StepSize(num_tokens=4, num_seqs=4, num_rows=4, width=4))
     sampling = made._null_sampling(4, "greedy", None)
     layer, head, ran, heads = made._layer, made._head, [], []
     monkeypatch.setattr(
         made, "_layer", lambda block, *inputs: ran.append(block) or layer(block, *inputs)
     )
-    monkeypatch.setattr(made, "_head", lambda *inputs: heads.append(inputs[2]) or head(*inputs))
+    made.serve_by(head=lambda *inputs: heads.append(inputs[2]) or head(*inputs))
     for call, layers in ((made._captured_call, range(6)), (made._warm_up_call, (0, 3, 5))):
         ran.clear()
         call(step, sampling, "greedy")
@@ -603,7 +603,7 @@ def test_the_head_gets_no_memory_of_torchs_graphs(mode: str) -> None:
         assert same == (mode not in ("reduce-overhead", "max-autotune"))
         return head(hidden_TE, *inputs)
 
-    made.runner._hidden, made.runner._head = watched_hidden, watched_head
+    made.runner.serve_by(watched_hidden, watched_head)
     params = SamplingParams(temperature=0, max_tokens=4)
     assert run(made, [[1, 2, 3]], [params]) == run(engine(), [[1, 2, 3]], [params])
     assert given

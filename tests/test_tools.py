@@ -1,17 +1,21 @@
 """The benchmark command and the tools: their arithmetic, their refusals, and one run of each."""
 
 import argparse
+import contextlib
 import importlib
 import importlib.util
+import itertools
 import json
 import lzma
 import math
 import random
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from random import randint
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,7 +31,7 @@ from minigen.measure import Cost, StepMeter, environment, percentile, percentile
 from minigen.model import Decoder, DecoderConfig, jagged
 from minigen.report import number, table
 from minigen.shapes import SHAPES
-from tests.command_line import run_minigen, run_tool
+from tests.command_line import ROOT, environment, run_minigen, run_tool
 from tools import compare_batching, compare_compile_modes, padded
 from tools.batching_ways import WAYS, Padded, Way, groups_of, padding_share
 from tools.common import NO_MATPLOTLIB, Plot, run
@@ -311,6 +315,63 @@ def test_bench_refuses_what_cannot_be_timed(
     engine = ("--max-num-seqs", 4, "--max-num-batched-tokens", 4, "--input-len", 10)
     assert main([str(a) for a in (*BENCH, *engine, *arguments)]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("workload", "given"),
+    [
+        *itertools.product(("nano", "fixed", "trace"), ([], ["--max-model-len", "128"])),
+        ("fixed", ["--max-num-seqs", "2"]),
+    ],
+)
+def test_bench_refuses_requests_before_it_loads_a_model(
+    workload: str, given: list[str], tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: object) -> None:
+        pytest.fail("a model was loaded")
+
+    monkeypatch.setattr("minigen.bench.load", load)
+    monkeypatch.setattr("minigen.measure.measure_limits", load)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**TINY, "max_position_embeddings": 256}))
+    trace = trace_file(tmp_path / "t.csv", "0,300,9", "1,400,1")
+    sizes = ("--batch-size", "3", "--input-len", "250", "--output-len", "20")
+    options = {"nano": (), "fixed": sizes, "trace": ("--dataset-path", str(trace))}[workload]
+    assert main(["bench", workload, "--config", str(config), *options, *given]) == 2
+    printed = capsys.readouterr()
+    context = 128 if "--max-model-len" in given else 256
+    said = {
+        "nano": f"tokens with its output, the context holds {context}: give shorter",
+        "fixed": f"a request has 270 tokens with its output, the context holds {context}",
+        "trace": f"t.csv fits into the context of {context} tokens",
+    }[workload]
+    if "--max-num-seqs" in given:
+        said = "--batch-size 3 is more than --max-num-seqs 2"
+    assert said in printed.err
+    assert printed.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("bench", "nano", "--shape", "tiny", "--max-model-len", "512"),
+        ("bench", "nano", "--model", "./absent"),
+        ("generate", "--model", "./absent", "--prompt", "a"),
+        ("chat", "--model", "./absent"),
+    ],
+)
+def test_what_is_refused_is_so_before_torch_is_imported(arguments: tuple[str, ...]) -> None:
+    code = (
+        "import sys; from minigen.__main__ import main; "
+        f"code = main({list(arguments)!r}); "
+        "assert 'torch' not in sys.modules; sys.exit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment(), input="", timeout=120,
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_bench_host_as_a_command() -> None:
@@ -815,6 +876,91 @@ def test_tools_refuse_in_one_line(
     printed = capsys.readouterr()
     assert message in printed.err
     assert printed.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments", "message"),
+    [
+        ("bench_decode", ["--batch", "0"], "argument --batch: must be a whole number above 0"),
+        ("bench_decode", ["--repeats", "0"], "argument --repeats: must be a whole number above 0"),
+        ("bench_decode", ["--dtype", "foo"], "argument --dtype: invalid choice: 'foo'"),
+        ("bench_decode", ["--compile", "foo"], "argument --compile: invalid choice: 'foo'"),
+        ("bench_decode", ["--tokens", "1"], "--tokens 1: give 2 to 1793"),
+        ("bench_decode", ["--tokens", "1794"], "--tokens 1794: give 2 to 1793"),
+        ("bench_attention", ["--what", "foo"], "argument --what: invalid choice: 'foo'"),
+        ("bench_attention", ["--processes", "0"], "must be a whole number above 0"),
+        ("bench_host", ["--steps", "0"], "argument --steps: must be a whole number above 0"),
+        ("bench_host", ["--input-len", "-1"], "must be a whole number above 0"),
+        ("profile_step", ["--batch-size", "0"], "argument --batch-size: must be a whole number"),
+        ("profile_step", ["--prompt-tokens", "0"], "must be a whole number above 0"),
+    ],
+)
+def test_tools_without_a_plot_refuse_in_one_line(
+    tool: str, arguments: list[str], message: str, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module(f"tools.{tool}")
+    monkeypatch.setattr("sys.argv", ["tool", *arguments])
+    with pytest.raises(SystemExit) as left:
+        run(module.options(), module.main)
+    assert left.value.code == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.err.count("\n") == 1
+    assert printed.out == ""
+
+
+class Bars:
+    """Takes the place of `report.bar`: what each bar was to count, and what it did."""
+
+    def __init__(self) -> None:
+        self.totals: list[int] = []
+        self.counts: list[int] = []
+
+    @contextlib.contextmanager
+    def __call__(self, total: int, what: str, unit: str = "token", ticks: bool = True):
+        self.totals.append(total)
+        self.counts.append(0)
+
+        def update(count: int = 1) -> None:
+            self.counts[-1] += count
+
+        yield SimpleNamespace(update=update)
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments", "totals"),
+    [
+        # Two sizes, one again with requests that wait, one beside a prompt.
+        (
+            "bench_host",
+            "--batch-size 1 3 --input-len 20 --steps 5 --waiting 5 --max-num-batched-tokens 64",
+            [4],
+        ),
+        # Each engine once to warm up, then one token and all of them.
+        (
+            "bench_decode",
+            "--shape tiny --dtype float32 --compile eager --batch 1 3 --tokens 4 --repeats 1",
+            [6, 6],
+        ),
+        # Three times 20 steps and those before them: five and the prompts', of prompts one.
+        (
+            "profile_step",
+            "--shape tiny --device cpu --compile eager --batch-size 1 3 --input-len 20 "
+            "--prompt-tokens 64 --num-cache-blocks 128 --max-model-len 2048",
+            [3 * (20 + 6), 3 * (20 + 6), 3 * (20 + 1)],
+        ),
+    ],
+)
+def test_a_long_measurement_shows_how_far_it_is(
+    tool: str, arguments: str, totals: list[int], capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, bars = importlib.import_module(f"tools.{tool}"), Bars()
+    monkeypatch.setattr(module, "bar", bars)
+    module.main(module.options().parse_args(arguments.split()))
+    assert bars.counts == bars.totals == totals
+    printed = capsys.readouterr()
+    assert last_line(printed.out)
+    assert printed.err == ""
 
 
 def test_a_plot_needs_matplotlib(capsys, monkeypatch: pytest.MonkeyPatch) -> None:

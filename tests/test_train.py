@@ -1,5 +1,6 @@
 """`python -m minigen train` and `train-tokenizer` as a user runs them."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -10,12 +11,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from minigen import LLM, SamplingParams, training_log
-from minigen.__main__ import main
+from minigen import LLM, SamplingParams, train, training_log
+from minigen.__main__ import _parser, main
 from minigen.data import Settings, read_samples
 from minigen.model import Decoder, jagged
 from minigen.training_log import read_table
@@ -167,6 +169,29 @@ def test_samples_and_the_end_of_a_run_are_told(inputs, tmp_path, capsys) -> None
     assert float(read_table(tmp_path / "run" / "log.csv")[-1]["mfu"]) >= 0
 
 
+def test_reading_the_data_shows_how_far_it_is(inputs, tmp_path, monkeypatch) -> None:
+    shown: dict[str, list[int]] = {}
+
+    @contextlib.contextmanager
+    def bar(total: int, what: str, unit: str):
+        assert unit == "B"
+        shown[what] = [total, 0]
+
+        def update(count: int) -> None:
+            shown[what][1] += count
+
+        yield SimpleNamespace(update=update)
+
+    monkeypatch.setattr("minigen.training_run.bar", bar)
+    args = train_args(inputs, tmp_path / "run", "--steps", 1)
+    assert main(args) == 0
+    names = ("texts.jsonl", "chats.jsonl.xz")
+    assert shown == {name: [(inputs / name).stat().st_size] * 2 for name in names}
+    shown.clear()
+    assert main(args) == 0
+    assert not shown  # it was kept
+
+
 def test_fine_tuning_begins_with_the_checkpoint(whole, inputs, tmp_path) -> None:
     args = train_args(inputs, tmp_path / "run", "--steps", 2, "--lr", 1e-6)
     at = args.index("--config")
@@ -314,6 +339,56 @@ def test_two_processes_have_the_losses_of_one(inputs, tmp_path) -> None:
     assert [r["targets"] for r in a] == [r["targets"] for r in b]
     for mine, theirs in zip(a, b, strict=True):
         assert float(mine["loss"]) == pytest.approx(float(theirs["loss"]), rel=1e-4)
+
+
+def test_processes_are_started_for_a_run_that_can_be(inputs, tmp_path, monkeypatch) -> None:
+    class Launched(Exception):  # noqa: N818
+        pass
+
+    def launch(program: str, command: list[str]) -> None:
+        raise Launched(command)
+
+    monkeypatch.setattr("os.execv", launch)
+    args = train_args(inputs, tmp_path / "run", "--nproc-per-node", 3)
+    parsed = _parser().parse_args(args)
+    parsed.argv = args
+    with pytest.raises(Launched) as left:
+        train.run(parsed)
+    (command,) = left.value.args
+    assert command[command.index("--nproc-per-node") + 1] == "3"
+    assert command[command.index("minigen") + 1 :] == args
+
+
+def test_no_process_is_started_for_a_run_that_cannot_be(
+    inputs, whole, tmp_path, capsys, monkeypatch
+) -> None:
+    monkeypatch.setattr("os.execv", lambda *_: pytest.fail("torchrun was started"))
+    good = train_args(inputs, tmp_path / "run", "--steps", 2, "--nproc-per-node", 2)
+
+    def said(*args: str) -> str:
+        assert main([*args]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        return error
+
+    assert "nowhere: No such file" in said(*change(good, "--data", "--data", tmp_path / "nowhere"))
+    assert "nowhere" in said(*change(good, "--config", "--config", tmp_path / "nowhere"))
+    assert "has no tokenizer.json" in said(*change(good, "--tokenizer", "--tokenizer", tmp_path))
+    assert "either --model" in said(*change(good, "--config"))
+    assert "either --steps or --epochs" in said(*good, "--epochs", "1")
+    assert "use auto, cpu, cuda" in said(*change(good, "--device", "--device", "tpu"))
+    assert "is more than --tokens 8" in said(*good, "--tokens", "8", "--max-length", "9")
+    assert not (tmp_path / "run").exists()
+    sentence = said(*change(good, "--output", "--output", inputs))
+    assert "is not empty and no output of train" in sentence
+    (tmp_path / "file").touch()
+    assert "Not a directory" in said(*change(good, "--output", "--output", tmp_path / "file" / "a"))
+    args = train_args(inputs, whole, *EVERY, "--steps", 14, "--nproc-per-node", 2)
+    assert "was begun with processes = 1, now it is 2" in said(*args)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    sentence = said(*change(good, "--device", "--device", "cuda"))
+    assert "process 1 finds 1 GPUs" in sentence
 
 
 # --- refusals ------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import itertools
 import json
 import lzma
+import random
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,19 @@ def test_a_torn_xz_file_is_named(tmp_path) -> None:
         (tmp_path / "a.jsonl.xz").write_bytes(content)
         with pytest.raises(ValueError, match=r"a.jsonl.xz is not a whole xz file"):
             list(read_jsonl(tmp_path / "a.jsonl.xz"))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.xz"])
+def test_reading_tells_how_much_of_the_file_is_taken(tmp_path, name) -> None:
+    rng = random.Random(0)
+    items = [{"text": str(rng.random())} for _ in range(20_000)]
+    file, taken, half = write_jsonl(tmp_path / name, items), [], 0
+    for number, _ in read_jsonl(file, taken.append):
+        if number == len(items) // 2:
+            half = sum(taken)
+    size = file.stat().st_size
+    assert sum(taken) == size
+    assert 0.3 * size < half < 0.7 * size
 
 
 def test_xz_and_plain_are_the_same(tmp_path, tokenizer) -> None:

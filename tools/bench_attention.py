@@ -38,6 +38,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from minigen import cli
 from minigen.kernels import paged_attention, varlen_attention
 from minigen.kernels.checks import Window
 from minigen.kernels.dependent_launch import launch_options
@@ -47,6 +48,7 @@ from minigen.kernels.tiles import Tile, score_arguments, tile_arguments, window_
 from minigen.kernels.varlen_attention import varlen_attention_kernel, varlen_attention_triton
 from minigen.kernels.varlen_attention_gluon import DEFAULT_TILE, SHORT_TILE, GluonTile, Sizes
 from minigen.kernels.varlen_attention_tma import varlen_attention_tma_kernel
+from minigen.train_options import number
 from tools.attention_backward import (
     BackwardCandidate,
     backward_candidates,
@@ -57,6 +59,7 @@ from tools.attention_backward import (
     flash_backward,
     run_backward,
 )
+from tools.common import run
 
 NO_GPU = "python -m tools.bench_attention times GPU kernels, and torch {} finds no CUDA GPU here."
 SECTIONS = ("varlen", "decode", "prefill", "backward")
@@ -787,18 +790,25 @@ def kernel_of(
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
+def options() -> argparse.ArgumentParser:
+    made = cli.Parser(
         prog="python -m tools.bench_attention",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--what", choices=[*SECTIONS, *SETS], default="all")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="the JSON document, as it grows")
-    parser.add_argument("--list", action="store_true", help="compile ahead, time nothing")
-    parser.add_argument("--seconds", type=float, default=200, help="of timing a section; 200")
-    parser.add_argument("--processes", type=int, default=8, help="checks that run at a time")
-    args = parser.parse_args()
+    made.add_argument("--what", choices=[*SECTIONS, *SETS], default="all")
+    made.add_argument("--out", type=Path, metavar="FILE", help="the JSON document, as it grows")
+    made.add_argument("--list", action="store_true", help="compile ahead, time nothing")
+    made.add_argument(
+        "--seconds", type=number(0), default=200.0, metavar="X", help="of timing a section; 200"
+    )
+    made.add_argument(
+        "--processes", type=cli.positive, default=8, metavar="N", help="checks that run at a time"
+    )
+    return made
+
+
+def main(args: argparse.Namespace) -> None:
     sections = list(SETS.get(args.what, (args.what,)))
     if args.list:
         try:
@@ -862,4 +872,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(options(), main)

@@ -7,6 +7,7 @@ that prefill does not count. The last line is one JSON document.
 import argparse
 import json
 import random
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -15,20 +16,35 @@ from statistics import median
 
 import torch
 
-from minigen import LLM, SamplingParams
+from minigen import LLM, SamplingParams, cli
+from minigen.report import bar
 from minigen.shapes import SHAPES
+from tools.common import run
+
+CONTEXT = 2048
+LONGEST_PROMPT = 255
 
 
 def prompts_for(batch: int, vocab_size: int) -> list[list[int]]:
     """One prompt of 128 tokens, or many of 8 to 255."""
     rng = random.Random(0)
-    lengths = [128] if batch == 1 else [rng.randint(8, 255) for _ in range(batch)]
+    lengths = [128] if batch == 1 else [rng.randint(8, LONGEST_PROMPT) for _ in range(batch)]
     return [[rng.randrange(3, vocab_size) for _ in range(n)] for n in lengths]
 
 
-def decode_rate(generate: Callable[[int], None], batch: int, tokens: int, repeats: int) -> float:
-    """Tokens a second after the first; `generate(n)` makes n tokens a prompt."""
+def decode_rate(
+    generate: Callable[[int], None],
+    batch: int,
+    tokens: int,
+    repeats: int,
+    ran: Callable[[], object] = lambda: None,
+) -> float:
+    """Tokens a second after the first; `generate(n)` makes n tokens a prompt.
+
+    `ran` hears of each of its 1 + 2 * repeats calls.
+    """
     generate(2)  # warm
+    ran()
     spans = []
     for _ in range(repeats):
         seconds = []
@@ -38,22 +54,24 @@ def decode_rate(generate: Callable[[int], None], batch: int, tokens: int, repeat
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
+            ran()
         spans.append(seconds[1] - seconds[0])
     return batch * (tokens - 1) / median(spans)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tools.bench_decode", description=__doc__)
-    parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16], metavar="N")
-    parser.add_argument("--tokens", type=int, default=33, help="new tokens a prompt")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--compile", default="default")
-    args = parser.parse_args()
-    import transformers
+def main(args: argparse.Namespace) -> None:
+    most = CONTEXT - LONGEST_PROMPT
+    if not 2 <= args.tokens <= most:
+        raise ValueError(
+            f"--tokens {args.tokens}: give 2 to {most}, the first of which does not count"
+        )
+    try:
+        import transformers
+    except ImportError:
+        raise ValueError("transformers is not installed: pip install transformers") from None
 
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shape = {k: v for k, v in SHAPES[args.shape].items() if k != "dtype"}
     config = transformers.AutoConfig.for_model(shape.pop("model_type"), **shape)
@@ -63,9 +81,9 @@ def main() -> None:
         rival.save_pretrained(folder)
         start = time.perf_counter()
         llm = LLM(
-            Path(folder), dtype=args.dtype, compile=args.compile, max_model_len=2048,
+            Path(folder), dtype=args.dtype, compile=args.compile, max_model_len=CONTEXT,
             num_cache_blocks=max(256, 40 * max(args.batch)), enable_prefix_caching=False,
-            progress=False,
+            progress=cli.is_terminal(sys.stderr),
         )  # fmt: skip
         startup = time.perf_counter() - start
     rival = rival.to(device).eval()
@@ -89,12 +107,14 @@ def main() -> None:
                 do_sample=False, pad_token_id=0,
             )  # fmt: skip
 
-        ours = decode_rate(minigen, batch, args.tokens, args.repeats)
-        theirs = decode_rate(padded, batch, args.tokens, args.repeats)
+        with bar(2 * (1 + 2 * args.repeats), f"batch {batch}", "run") as shown:
+            ours, theirs = (
+                decode_rate(generate, batch, args.tokens, args.repeats, shown.update)
+                for generate in (minigen, padded)
+            )
         rows.append({"batch": batch, "minigen": round(ours, 1), "transformers": round(theirs, 1)})
-        print(
-            f"batch {batch:4d}   minigen {ours:9.1f} tokens/s   transformers {theirs:9.1f} tokens/s"
-        )
+        rates = f"minigen {ours:9.1f} tokens/s   transformers {theirs:9.1f} tokens/s"
+        print(f"batch {batch:4d}   {rates}", flush=True)
     name = (
         torch.cuda.get_device_name()
         if device == "cuda"
@@ -114,5 +134,22 @@ def main() -> None:
     print(json.dumps(document))
 
 
+def options() -> argparse.ArgumentParser:
+    made = cli.Parser(prog="python -m tools.bench_decode", description=__doc__)
+    made.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
+    made.add_argument("--batch", type=cli.positive, nargs="+", default=[1, 16], metavar="N")
+    made.add_argument(
+        "--tokens", type=cli.positive, default=33, metavar="N", help="new tokens a prompt"
+    )
+    made.add_argument("--repeats", type=cli.positive, default=3, metavar="N")
+    made.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="bfloat16")
+    made.add_argument(
+        "--compile",
+        choices=["eager", "default", "reduce-overhead", "max-autotune"],
+        default="default",
+    )
+    return made
+
+
 if __name__ == "__main__":
-    main()
+    run(options(), main)

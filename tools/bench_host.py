@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from minigen import LLM, SamplingParams
+from minigen.cli import positive
 from minigen.graphs import HIDDEN
 from minigen.measure import device_name, synchronize
-from minigen.report import print_document, table
+from minigen.report import bar, print_document, table
 from minigen.sampling_rows import SamplingTensors
 from minigen.step import StepSize
 from tools.common import model_config, parser, run, tokens_of
@@ -30,14 +31,15 @@ def without_model(llm: LLM) -> LLM:
     runner, width = llm.engine.runner, llm.config.hidden_size
     drawn_R = torch.full((runner.max_num_seqs + 2,), 7, device=llm.device)
     hidden_TE = torch.zeros(runner.max_tokens + 2, width, dtype=llm.dtype, device=llm.device)
-    runner._hidden = lambda tokens_T, *_: hidden_TE[: len(tokens_T)]
-    runner._head = lambda hidden_TE, last_R, *_: drawn_R[: len(last_R)]
 
     def replay(size: StepSize, sampling: SamplingTensors | None, head: str) -> torch.Tensor:
         return hidden_TE if head == HIDDEN else drawn_R[: size.num_rows]
 
-    assert runner._graphs is not None
-    runner._graphs.run = replay
+    runner.serve_by(
+        hidden=lambda tokens_T, *_: hidden_TE[: len(tokens_T)],
+        head=lambda hidden_TE, last_R, *_: drawn_R[: len(last_R)],
+        replay=replay,
+    )
     llm.engine.overlap = True
     return llm
 
@@ -102,31 +104,34 @@ def main(args: argparse.Namespace) -> None:
             f"--batch-size {most} leaves no room for a prompt: raise --max-num-batched-tokens "
             f"{args.max_num_batched_tokens} above it"
         )
-    rows: list[dict[str, Any]] = [
-        {"step": "decode", "batch": batch, "waiting": 0, "us": step_us(args, batch)}
-        for batch in args.batch_size
-    ]
-    us = step_us(args, most, waiting=args.waiting)
-    rows.append({"step": "decode", "batch": most, "waiting": args.waiting, "us": us})
-    rows.append({"step": "mixed", "batch": most, "waiting": 0, "us": step_us(args, most, 0, True)})
+    wanted = [("decode", batch, 0) for batch in args.batch_size]
+    wanted += [("decode", most, args.waiting), ("mixed", most, 0)]
+    rows: list[dict[str, Any]] = []
+    with bar(len(wanted), "Rows", "row") as shown:
+        for step, batch, waiting in wanted:
+            us = step_us(args, batch, waiting, mixed=step == "mixed")
+            rows.append({"step": step, "batch": batch, "waiting": waiting, "us": us})
+            shown.update()
     print(table(["step", "batch", "waiting", "µs"], [list(row.values()) for row in rows]))
     device = device_name(torch.device("cuda" if args.device == "auto" else args.device))
     print_document({"device": device, "torch": torch.__version__, "rows": rows})
 
 
-def arguments() -> argparse.ArgumentParser:
+def options() -> argparse.ArgumentParser:
     made = parser("tools.bench_host", __doc__)
     made.set_defaults(device="cpu")
     sizes = [1, 8, 32, 128, 256]
-    made.add_argument("--batch-size", type=int, nargs="+", default=sizes, metavar="N")
-    made.add_argument("--waiting", type=int, default=10_000, metavar="N", help="requests in a row")
-    made.add_argument("--input-len", type=int, default=512, metavar="N", help="of each prompt")
-    made.add_argument("--steps", type=int, default=200, metavar="N", help="that are timed")
+    made.add_argument("--batch-size", type=positive, nargs="+", default=sizes, metavar="N")
+    made.add_argument(
+        "--waiting", type=positive, default=10_000, metavar="N", help="requests in a row"
+    )
+    made.add_argument("--input-len", type=positive, default=512, metavar="N", help="of each prompt")
+    made.add_argument("--steps", type=positive, default=200, metavar="N", help="that are timed")
     made.add_argument("--temperature", type=float, default=0.0, metavar="T")
-    made.add_argument("--max-num-batched-tokens", type=int, default=2048, metavar="N")
-    made.add_argument("--block-size", type=int, default=16, metavar="N")
+    made.add_argument("--max-num-batched-tokens", type=positive, default=2048, metavar="N")
+    made.add_argument("--block-size", type=positive, default=16, metavar="N")
     return made
 
 
 if __name__ == "__main__":
-    run(arguments(), main)
+    run(options(), main)

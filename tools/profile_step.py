@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from minigen import LLM, SamplingParams, cli
 from minigen.measure import device_name, synchronize
-from minigen.report import number, table
+from minigen.report import bar, number, table
 from tools.common import model_config, parser, run, tokens_of
 
 STEPS = 20  # that are profiled; as many are timed
@@ -77,9 +77,17 @@ def short(name: str) -> str:
 
 
 def profile_steps(
-    llm: LLM, prompts: list[list[int]], temperature: float, max_tokens: int, skip: int
+    llm: LLM,
+    prompts: list[list[int]],
+    temperature: float,
+    max_tokens: int,
+    skip: int,
+    ran: Callable[[int], object],
 ) -> dict[str, Any]:
-    """Profiles `STEPS` steps of the engine, after `skip` steps of the same requests."""
+    """Profiles `STEPS` steps of the engine, after `skip` steps of the same requests.
+
+    `ran` hears, outside of what is timed or profiled, of 3 * (skip + STEPS) steps in all.
+    """
     device = llm.device
 
     def begin() -> None:
@@ -90,6 +98,7 @@ def profile_steps(
             llm.engine.add_request(f"profile-{i}", prompt, params)
         for _ in range(skip):
             llm.engine.step()
+            ran(1)
         synchronize(device)
 
     def steps() -> None:
@@ -114,12 +123,15 @@ def profile_steps(
         spans.append(time.perf_counter() - start)
         launched.append(llm.engine.stats.launch_seconds - before)
     synchronize(device)
+    ran(STEPS)
     end()
     begin()
     kernels = kernels_of(steps, STEPS)
+    ran(STEPS)
     end()
     begin()
     functions = functions_of(steps, STEPS)
+    ran(STEPS)
     end()
     return {
         "step_us": round(1e6 * median(spans), 1),
@@ -171,26 +183,31 @@ def main(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     functions = functions_of(load, 1)
     llm = made[0]
-    print(f"start, profiled: {time.perf_counter() - start:.1f} s; compile {llm.compile_status}")
+    took = time.perf_counter() - start
+    print(f"start, profiled: {took:.1f} s; compile {llm.compile_status}", flush=True)
     found["start"] = {"functions": sorted(functions, key=lambda row: -row["with_calls_us"])}
     own = [r for r in found["start"]["functions"] if r["name"].startswith(("minigen/", "kernels/"))]
     rows = [
         [short(r["name"]), r["count"], number(r["with_calls_us"] / 1e6)] for r in own[: args.rows]
     ]
-    print(table(["function", "times", "s with its calls"], rows), end="\n\n")
+    print(table(["function", "times", "s with its calls"], rows), end="\n\n", flush=True)
 
-    vocab_size = llm.config.vocab_size
+    def take(name: str, title: str, lengths: list[int], max_tokens: int, skip: int) -> None:
+        prompts = tokens_of(lengths, llm.config.vocab_size, args.seed)
+        # Its thread could be profiled with the rest: Python 3.12 does so.
+        with bar(3 * (skip + STEPS), title, "step", ticks=False) as shown:
+            found[name] = profile_steps(
+                llm, prompts, args.temperature, max_tokens, skip, shown.update
+            )
+        print(report(title, found[name], args.rows), flush=True)
+
     for batch in args.batch_size:
-        prompts = tokens_of([args.input_len] * batch, vocab_size, args.seed)
         prefills = -(-args.input_len * batch // max(args.prompt_tokens, most, 64))
-        found[f"decode {batch}"] = profile_steps(
-            llm, prompts, args.temperature, STEPS + prefills + 20, prefills + 5
-        )
-        print(report(f"decode, batch {batch}", found[f"decode {batch}"], args.rows))
+        lengths, skip = [args.input_len] * batch, prefills + 5
+        take(f"decode {batch}", f"decode, batch {batch}", lengths, skip + STEPS + 15, skip)
     # Each step takes one whole prompt that fills the budget, beside those that decode already.
-    prompts = tokens_of([args.prompt_tokens] * (STEPS + 1), vocab_size, args.seed)
-    found["prompts"] = profile_steps(llm, prompts, args.temperature, 1, 1)
-    print(report(f"prompts, {args.prompt_tokens} tokens", found["prompts"], args.rows))
+    lengths = [args.prompt_tokens] * (STEPS + 1)
+    take("prompts", f"prompts, {args.prompt_tokens} tokens", lengths, 1, 1)
     if args.output is not None:
         args.output.mkdir(parents=True, exist_ok=True)
         (args.output / "profile.json").write_text(json.dumps(found, indent=1) + "\n")
@@ -208,19 +225,27 @@ def main(args: argparse.Namespace) -> None:
     )
 
 
-def arguments() -> argparse.ArgumentParser:
+def options() -> argparse.ArgumentParser:
     made = parser("tools.profile_step", __doc__)
-    made.add_argument("--batch-size", type=int, nargs="+", default=[1, 32, 256], metavar="N")
-    made.add_argument("--input-len", type=int, default=128, metavar="N", help="of decode's prompts")
-    made.add_argument("--prompt-tokens", type=int, default=2048, metavar="N", help="prompts' step")
+    made.add_argument(
+        "--batch-size", type=cli.positive, nargs="+", default=[1, 32, 256], metavar="N"
+    )
+    made.add_argument(
+        "--input-len", type=cli.positive, default=128, metavar="N", help="of decode's prompts"
+    )
+    made.add_argument(
+        "--prompt-tokens", type=cli.positive, default=2048, metavar="N", help="prompts' step"
+    )
     made.add_argument("--temperature", type=float, default=0.0, metavar="T")
-    made.add_argument("--num-cache-blocks", type=int, metavar="N")
-    made.add_argument("--max-model-len", type=int, metavar="N")
+    made.add_argument("--num-cache-blocks", type=cli.positive, metavar="N")
+    made.add_argument("--max-model-len", type=cli.positive, metavar="N")
     made.add_argument("--compile", default="default", metavar="MODE")
-    made.add_argument("--rows", type=int, default=15, metavar="N", help="of each table printed")
+    made.add_argument(
+        "--rows", type=cli.positive, default=15, metavar="N", help="of each table printed"
+    )
     made.add_argument("--output", type=Path, metavar="DIR", help="for profile.json, all rows")
     return made
 
 
 if __name__ == "__main__":
-    run(arguments(), main)
+    run(options(), main)
