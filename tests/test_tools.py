@@ -24,10 +24,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minigen import LLM, SamplingParams, workloads
+from minigen import LLM, SamplingParams, measure, workloads
 from minigen.__main__ import main
 from minigen.bench_options import read_goodput
-from minigen.measure import Cost, StepMeter, environment, percentile, percentiles
+from minigen.measure import Cost, StepMeter, percentile, percentiles
 from minigen.model import Decoder, DecoderConfig, jagged
 from minigen.report import number, table
 from minigen.shapes import SHAPES
@@ -845,7 +845,7 @@ def test_results_of_other_settings_are_refused(
 
 
 def test_another_process_names_the_machine() -> None:
-    assert compare_compile_modes.machine("cpu") == environment(torch.device("cpu"))
+    assert compare_compile_modes.machine("cpu") == measure.environment(torch.device("cpu"))
     with pytest.raises(ValueError, match="device 'tpu' is unknown"):
         compare_compile_modes.machine("tpu")
 
