@@ -11,7 +11,7 @@ import math
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from random import randint
@@ -573,7 +573,10 @@ def test_figures_are_printed_as_they_are_found(capsys, monkeypatch: pytest.Monke
     assert len(document["rows"]) == len(wanted)
 
 
-def test_a_way_is_compiled_once_for_all_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("phases", [SERVING, ["decode"]])
+def test_a_way_is_compiled_once_for_all_lengths(
+    phases: Sequence[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     graphs: list[int] = []
 
     def backend(graph: torch.fx.GraphModule, _: object) -> Any:
@@ -593,9 +596,8 @@ def test_a_way_is_compiled_once_for_all_lengths(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(compare_batching, "compiler", compiler)
     monkeypatch.setattr(compare_batching, "lengths_of", lambda kind, *_: lengths[kind])
     monkeypatch.setattr(compare_batching, "check_agreement", check)
-    compare_small("--phases", *SERVING, "--lengths", *lengths)
-    assert found[:2] == [0, 12]  # four ways, three phases
-    assert (found[2], len(graphs)) == (12, 12)
+    compare_small("--phases", *phases, "--lengths", *lengths)
+    assert [*found, len(graphs)] == [0, *[len(WAYS) * len(phases)] * 3]
 
 
 def test_the_padded_ways_refuse_soft_caps() -> None:
