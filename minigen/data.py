@@ -96,7 +96,7 @@ def read_jsonl(
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, object) of each line that is not empty; `.xz` files are unpacked.
 
-    `read` hears of the file's bytes as they are taken, all of them in the end.
+    `read` hears of the file's bytes as they are taken: how many since the last time.
 
     Raises ValueError naming file and line, OSError if the file cannot be read.
     """
@@ -106,7 +106,6 @@ def read_jsonl(
             try:
                 number, line = next(lines)
             except StopIteration:
-                read(file.tell() - taken)
                 return
             except (lzma.LZMAError, EOFError) as error:
                 raise ValueError(f"{path} is not a whole xz file: {error}") from None
