@@ -157,7 +157,7 @@ def choose_parts(num_rows: int, num_inputs: int, num_outputs: int) -> int:
     tile = choose_rows_tile(num_rows, num_inputs, num_outputs, False, 1)
     chunks = triton.cdiv(num_inputs, tile.block_e)
     if num_rows > 64:
-        parts = min(2, chunks)
+        parts = 2
     else:
         blocks = triton.cdiv(num_rows, tile.block_t) * triton.cdiv(num_outputs, tile.block_f)
         parts = max(min(2 * MULTIPROCESSORS // blocks, chunks // 4), 1)

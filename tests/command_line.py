@@ -5,8 +5,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from tools.common import run
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("MINIGEN_SHARED", ROOT.parent / "shared"))
@@ -112,3 +115,21 @@ def run_tool(name: str, *args: object, **options) -> subprocess.CompletedProcess
         cwd=ROOT, env=environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True,
         **{"timeout": 120, **options},
     )  # fmt: skip
+
+
+def refuse_in_one_line(
+    tool: Any,
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> str:
+    """A module of `tools`, run in this process, refuses these; what it wrote to standard output."""
+    monkeypatch.setattr("sys.argv", ["tool", *arguments])
+    with pytest.raises(SystemExit) as left:
+        run(tool.options(), tool.main)
+    assert left.value.code == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.err.count("\n") == 1
+    return printed.out

@@ -18,7 +18,7 @@ from minigen.batch import make_batch
 from minigen.model import Decoder, DecoderConfig, jagged
 from minigen.shapes import SHAPES
 from minigen.trainer import initialise
-from tests.command_line import run_tool
+from tests.command_line import refuse_in_one_line, run_tool
 from tests.test_tools import last_line
 from tools import compare_batching, memory, padded, training_ways
 from tools.compare_batching import lengths_of, step_lengths
@@ -383,12 +383,5 @@ def test_the_training_step_as_a_command() -> None:
 def test_options_that_contradict(
     arguments: list[str], message: str, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tools.common import run
-
-    monkeypatch.setattr("sys.argv", ["tool", *arguments, "--plot", "none"])
-    with pytest.raises(SystemExit) as left:
-        run(compare_batching.options(), compare_batching.main)
-    assert left.value.code == 2
-    printed = capsys.readouterr()
-    assert message in printed.err
-    assert printed.err.count("\n") == 1
+    arguments = [*arguments, "--plot", "none"]
+    refuse_in_one_line(compare_batching, arguments, message, capsys, monkeypatch)

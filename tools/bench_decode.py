@@ -17,7 +17,9 @@ from statistics import median
 import torch
 
 from minigen import LLM, SamplingParams, cli
+from minigen.model import DTYPES
 from minigen.report import bar
+from minigen.runner import COMPILE_MODES
 from minigen.shapes import SHAPES
 from tools.common import run
 
@@ -142,12 +144,8 @@ def options() -> argparse.ArgumentParser:
         "--tokens", type=cli.positive, default=33, metavar="N", help="new tokens a prompt"
     )
     made.add_argument("--repeats", type=cli.positive, default=3, metavar="N")
-    made.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="bfloat16")
-    made.add_argument(
-        "--compile",
-        choices=["eager", "default", "reduce-overhead", "max-autotune"],
-        default="default",
-    )
+    made.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    made.add_argument("--compile", choices=COMPILE_MODES, default="default")
     return made
 
 
