@@ -163,6 +163,11 @@ def test_the_four_ways_take_the_same_step(
     assert 0 <= row["padding"] < 1
     if max_rows is not None:
         assert row["micro_batches"] >= sum(lengths) / max_rows
+    forward = comparison.measure(timed, "train-forward")
+    assert forward["ms"] > 0
+    assert forward["tokens_s"] == pytest.approx(sum(lengths) / forward["ms"] * 1e3)
+    assert all(forward[name] == row[name] for name in ("padding", "micro_batches"))
+    assert all(p.grad is None for p in decoder.parameters())
     # At a rate of 0 AdamW leaves the weights as they are, for the next way to begin with.
     assert all(torch.equal(p, before[name]) for name, p in decoder.named_parameters())
 
@@ -225,8 +230,9 @@ def test_what_is_timed_must_be_what_was_checked() -> None:
     comparison.check()
     with torch.no_grad():
         decoder.embed.weight *= 1.1
-    with pytest.raises(ValueError, match="padded and flat disagree"):
-        comparison.measure(PADDED)
+    for phase in ("train-step", "train-forward"):
+        with pytest.raises(ValueError, match="padded and flat disagree"):
+            comparison.measure(PADDED, phase)
 
 
 def too_large(*_: object) -> torch.Tensor:
@@ -251,8 +257,9 @@ def test_what_does_not_fit_once_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> 
     comparison = StepComparison(decoder, random_samples([7, 3]), FP32)
     comparison.check()
     monkeypatch.setattr(padded, "unpadded_rectangle", too_large)
-    row = comparison.measure(UNPADDED)
-    assert (row["ms"], row["error"]) == (None, "out of memory")
+    for phase in ("train-forward", "train-step"):
+        row = comparison.measure(UNPADDED, phase)
+        assert (row["ms"], row["error"]) == (None, "out of memory")
     assert all(p.grad is None for p in decoder.parameters())
     assert comparison.measure(FLAT)["ms"] > 0
 
@@ -376,8 +383,8 @@ def test_the_training_step_as_a_command() -> None:
     ("arguments", "message"),
     [
         (["--max-rows", "16", "--max-len", "32"], "--max-rows is 16, but must hold a sequence"),
-        (["--phases", "decode", "--tokens", "9"], "--tokens is for the phase train-step"),
-        (["--phases", "decode", "--recompute"], "--recompute is for the phase train-step"),
+        (["--phases", "decode", "--tokens", "9"], "--tokens is for the training phases"),
+        (["--phases", "decode", "--recompute"], "--recompute is for the training phases"),
     ],
 )
 def test_options_that_contradict(

@@ -1,6 +1,9 @@
 """The report runs commands that succeed, fail, hang and speak JSON."""
 
 import json
+import signal
+import subprocess
+import sys
 import time
 from functools import partial
 from itertools import takewhile
@@ -9,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from minigen.shapes import SHAPES
-from tests.command_line import run_minigen, run_tool
+from tests.command_line import ROOT, run_minigen, run_tool
 from tools import report
 from tools.compare_batching import PHASES
 from tools.compare_compile_modes import MODES
@@ -37,6 +40,12 @@ def module(tmp_path, monkeypatch):
     return "act"
 
 
+def is_gone(file: Path) -> None:
+    """The process whose number the file holds has ended; a zombie may wait for its new parent."""
+    stat = Path("/proc", file.read_text(), "stat")
+    assert not stat.exists() or stat.read_text().split()[2] == "Z"
+
+
 def test_every_step_is_reported(module, tmp_path) -> None:
     planned = [
         Step("good", (module, "good"), 30),
@@ -56,9 +65,8 @@ def test_every_step_is_reported(module, tmp_path) -> None:
     assert json.loads((tmp_path / "report.json").read_text()) == done
     assert (tmp_path / "good.log").read_text() == 'text\n{"a": 1}\n'
     assert (tmp_path / "long.log").read_text() == "waiting\n"
-    # What the step had started ended with it; a zombie may wait for its new parent.
-    stat = Path("/proc", (tmp_path / "child").read_text(), "stat")
-    assert not stat.exists() or stat.read_text().split()[2] == "Z"
+    # What the step had started ended with it.
+    is_gone(tmp_path / "child")
 
 
 def test_nothing_is_begun_without_time_for_it(module, tmp_path) -> None:
@@ -73,6 +81,21 @@ def test_a_step_ends_with_the_budget(module, tmp_path, monkeypatch) -> None:
     planned = [Step("a", (module, "hang", str(tmp_path / "child")), 30)] * 2
     done = run_all(planned, tmp_path, 2)
     assert [step["result"] for step in done] == ["ended after 2 s", "not begun"]
+
+
+def test_a_step_ends_with_a_report_that_is_ended(module, tmp_path) -> None:
+    child = tmp_path / "child"
+    script = (
+        "from pathlib import Path; from tools.report import Step, ended_by_exception, run_all\n"
+        f"with ended_by_exception(): run_all([Step('a', {(module, 'hang', str(child))!r}, 60)],"
+        f" Path({str(tmp_path)!r}), 60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT)
+    while process.poll() is None and not (child.exists() and child.read_text()):
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(30) == 128 + signal.SIGTERM
+    is_gone(child)
 
 
 @pytest.mark.parametrize("text", ["", "x", "x\n1\n", '{"a": 1}\nmore', "\n\n"])
@@ -147,6 +170,8 @@ def test_a_trace_is_replayed_and_gives_lengths(gpu: bool, tmp_path) -> None:
     assert all(values(c, "--lengths") in ([], ["lognormal", "one-long", "trace"]) for c in batching)
     phases = [phase for command in batching for phase in values(command, "--phases")]
     assert phases == list(PHASES if gpu else PHASES[:3])
+    if gpu:  # a rectangle of long rows may need more memory than there is
+        assert all(values(c, "--max-rows") for c in batching if "train-forward" in c)
 
 
 @pytest.mark.parametrize("gpu", [False, True])

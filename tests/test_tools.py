@@ -11,7 +11,7 @@ import math
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from random import randint
@@ -455,21 +455,19 @@ def test_the_four_ways_agree(kind: str, lengths: list[int], num_steps: int) -> N
     steps_NS = torch.randint(512, (num_steps, len(prompts)))
     found = check_agreement(decoder, prompts, steps_NS)
     assert set(found) == {"padded", "grouped", "unpadded"}
-    if max(lengths) == 1:
-        return
-    losses = []
+    # The oracle: each prompt alone, with what it is given in the steps.
+    as_it_is = compare_batching.as_it_is
     for way in WAYS:
-        laid = way(decoder, prompts, 1, compare_batching.as_it_is, compare_batching.as_it_is)
-        losses.append(float(laid.loss()))
-    assert losses == pytest.approx([losses[-1]] * 4, rel=1e-4)
-    # The oracle: each prompt alone.
-    alone = []
-    for prompt in prompts:
-        logits = decoder(jagged(torch.tensor(prompt), torch.tensor([0, len(prompt)]))).values()
-        alone += torch.nn.functional.cross_entropy(
-            logits[:-1], torch.tensor(prompt[1:], dtype=torch.int64), reduction="none"
-        ).tolist()
-    assert losses[-1] == pytest.approx(sum(alone) / len(alone), rel=1e-4)
+        laid = way(decoder, prompts, num_steps, as_it_is)
+        laid.make_cache()
+        found_RSV = [laid.prefill()]
+        found_RSV += [laid.decode(tokens_S, step) for step, tokens_S in enumerate(steps_NS)]
+        for i, prompt in enumerate(prompts):
+            ids = torch.tensor([*prompt, *steps_NS[:, i].tolist()])
+            logits_TV = decoder(jagged(ids, torch.tensor([0, len(ids)]))).values()
+            for step, found_SV in enumerate(found_RSV):
+                expected_V = logits_TV[len(prompt) - 1 + step]
+                torch.testing.assert_close(found_SV[i], expected_V, rtol=1e-4, atol=1e-5)
 
 
 SERVING = compare_batching.SERVING
@@ -478,34 +476,42 @@ SERVING = compare_batching.SERVING
 @pytest.mark.parametrize(
     ("broken", "phases"),
     [
-        ("sdpa_prefill", SERVING),
-        ("sdpa_prefill", ["prefill"]),
-        ("sdpa_prefill", ["train-forward"]),
-        ("sdpa_decode", SERVING),
-        ("sdpa_decode", ["decode"]),
-        ("unpadded_prefill", SERVING),
-        ("unpadded_prefill", ["train-forward"]),
+        ("sdpa_prefill_layer", SERVING),
+        ("sdpa_prefill_layer", ["prefill"]),
+        ("sdpa_decode_layer", SERVING),
+        ("sdpa_decode_layer", ["decode"]),
+        ("unpadded_prefill_layer", ["prefill"]),
+        ("unpadded_decode_layer", ["decode"]),
     ],
 )
 def test_a_wrong_way_is_noticed(
     broken: str, phases: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = getattr(padded, broken)
-    monkeypatch.setattr(padded, broken, lambda *args: right(*args) * 1.01)
+    right, calls = getattr(padded, broken), []
+
+    def wrong(*args: Any) -> torch.Tensor:
+        calls.append(args)
+        # The norms after it would hide a factor.
+        out_BLE = right(*args)
+        return out_BLE + 0.01 * out_BLE.flip(-1)
+
+    monkeypatch.setattr(padded, broken, wrong)
     with pytest.raises(ValueError, match="and flat disagree"):
         check_agreement(small_decoder("full"), [[1, 2, 3], [4]], torch.tensor([[5, 6]]), phases)
+    assert calls
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_decoding_can_be_timed_again_and_again(way: type[Way]) -> None:
     """The cache is filled once, without the compiler; each round of steps gives the same logits."""
 
-    def refuse(_: object) -> Any:
-        pytest.fail("compiled")
+    calls: list[tuple[Any, ...]] = []
 
-    as_it_is = compare_batching.as_it_is
+    def wrap(layer: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        return lambda *args: calls.append(args) or layer(*args)
+
     prompts, steps_NS = [[1, 2, 3], [4], [5] * 20], torch.tensor([[6, 7, 8], [9, 10, 11]])
-    laid = way(small_decoder("full"), prompts, 2, as_it_is, as_it_is)
+    laid = way(small_decoder("full"), prompts, 2, wrap)
 
     def decoded() -> list[torch.Tensor]:
         return [laid.decode(tokens_S, step) for step, tokens_S in enumerate(steps_NS)]
@@ -514,8 +520,9 @@ def test_decoding_can_be_timed_again_and_again(way: type[Way]) -> None:
     laid.prefill()
     expected = decoded()
     laid.make_cache()
-    laid._prefill = refuse  # pyright: ignore[reportAttributeAccessIssue]
+    calls.clear()
     laid.fill_cache()
+    assert not calls
     for _ in range(2):
         for found_SV, expected_SV in zip(decoded(), expected, strict=True):
             assert torch.equal(found_SV, expected_SV)
@@ -525,20 +532,29 @@ def test_what_does_not_fit_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
     def too_large(*_: object) -> torch.Tensor:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(padded, "sdpa_prefill", too_large)
-    as_it_is = compare_batching.as_it_is
-    rows = list(
-        compare_batching.measure(
-            Padded, small_decoder("full"), [[1, 2], [3]], torch.tensor([[4, 5]]),
-            1, as_it_is, as_it_is,
-        )
+    monkeypatch.setattr(padded, "sdpa_prefill_layer", too_large)
+    rows = compare_batching.measure(
+        Padded, small_decoder("full"), [[1, 2], [3]], torch.tensor([[4, 5]]), 1,
+        compare_batching.as_it_is,
     )  # fmt: skip
     assert [(r["phase"], r["ms"], r["error"]) for r in rows] == [
-        (phase, None, "out of memory") for phase in ("prefill", "decode", "train-forward")
+        (phase, None, "out of memory") for phase in ("prefill", "decode")
     ]
-    # Where it does not even fit in the check, it is not timed either.
-    found = check_agreement(small_decoder("full"), [[1, 2], [3]], torch.tensor([[4, 5]]))
-    assert [name for name, value in found.items() if value is None] == ["grouped", "padded"]
+
+
+def test_the_check_takes_the_first_of_long_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    checked = []
+
+    def check(_: Decoder, prompts: list[list[int]], steps_NS: torch.Tensor, phases: object) -> Any:
+        checked.append(([len(prompt) for prompt in prompts], list(steps_NS.shape), phases))
+        return {}
+
+    monkeypatch.setattr(compare_batching, "check_agreement", check)
+    monkeypatch.setattr(compare_batching, "measure", lambda *_: [])
+    monkeypatch.setattr(compare_batching, "CHECKED_LEN", 40)
+    monkeypatch.setattr(compare_batching, "CHECKED_SEQS", 3)
+    compare_small("--compile", "eager", "--lengths", "one-long", "--phases", "prefill", "decode")
+    assert checked == [([40, 16, 16], [2, 3], ["prefill", "decode"])]
 
 
 def compare_small(*arguments: str) -> None:
@@ -550,23 +566,30 @@ def compare_small(*arguments: str) -> None:
 def test_figures_are_printed_as_they_are_found(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     printed: list[str] = []
 
-    def measure(way: type[Way], *arguments: Any) -> Iterator[dict[str, Any]]:
+    def measure(way: type[Way], *arguments: Any) -> list[dict[str, Any]]:
+        printed.extend(capsys.readouterr().err.splitlines())
         figures = {"ms": 1234.5, "tokens_s": 6789.0, "peak_bytes": 1, "padding": 0.0}
         none = {"ms": None, "tokens_s": None, "peak_bytes": None, "padding": 0.5}
-        for phase in arguments[-1]:
-            given = {**none, "error": "out of memory"} if phase == "decode" else figures
-            yield {"way": way.name, "phase": phase, **given}
-            printed.extend(capsys.readouterr().err.splitlines())
-            said = "out of memory" if phase == "decode" else "1,234.50 ms, 6,789 tokens/s"
-            assert printed[-1].endswith(f", {phase}, {way.name}: {said}")
+        given = {"prefill": figures, "decode": {**none, "error": "out of memory"}}
+        return [{"way": way.name, "phase": phase, **given[phase]} for phase in arguments[-1]]
 
     monkeypatch.setattr(compare_batching, "measure", measure)
     compare_small("--compile", "eager", "--phases", "prefill", "decode")
     kinds = ("uniform", "lognormal", "one-long")
-    wanted = [(k, p, way.name) for k in kinds for way in WAYS for p in ("prefill", "decode")]
-    assert printed[0] == compare_batching.LEFT_OUT
-    assert [tuple(line.split(": ")[0].split(", ")) for line in printed[1:]] == wanted
-    said = capsys.readouterr().out
+    wanted = [
+        f"{kind}, {phase}, {way.name}: {found}"
+        for kind in kinds
+        for way in WAYS
+        for phase, found in (
+            ("prefill", "1,234.50 ms, 6,789 tokens/s"),
+            ("decode", "out of memory"),
+        )
+    ]
+    # Each way's when the next one begins; the last one's are said after all calls.
+    assert printed == [compare_batching.LEFT_OUT, *wanted[:-2]]
+    last = capsys.readouterr()
+    assert last.err.splitlines()[:2] == wanted[-2:]
+    said = last.out
     assert compare_batching.LEFT_OUT in said.splitlines()
     document = last_line(said)
     assert document["lengths_left_out"] == ["trace"]
@@ -574,7 +597,7 @@ def test_figures_are_printed_as_they_are_found(capsys, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("phases", [SERVING, ["decode"]])
-def test_a_way_is_compiled_once_for_all_lengths(
+def test_a_layer_is_compiled_once_for_all_layers_and_lengths(
     phases: Sequence[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     graphs: list[int] = []
@@ -584,7 +607,9 @@ def test_a_way_is_compiled_once_for_all_lengths(
         return graph.forward
 
     def compiler(mode: str) -> Any:
-        return lambda function: torch.compile(function, backend=backend, dynamic=True)
+        return lambda function: torch.compile(
+            function, backend=backend, dynamic=True, fullgraph=True
+        )
 
     lengths = {"uniform": [5, 6, 20, 31], "one-long": [11, 12, 50, 60], "lognormal": [7, 8, 40, 61]}
     found: list[int] = []
@@ -597,7 +622,8 @@ def test_a_way_is_compiled_once_for_all_lengths(
     monkeypatch.setattr(compare_batching, "lengths_of", lambda kind, *_: lengths[kind])
     monkeypatch.setattr(compare_batching, "check_agreement", check)
     compare_small("--phases", *phases, "--lengths", *lengths)
-    assert [*found, len(graphs)] == [0, *[len(WAYS) * len(phases)] * 3]
+    # Padded and grouped share their layers; flat has one for prompts and decoding.
+    assert [*found, len(graphs)] == [0, *[2 * len(phases) + 1] * 3]
 
 
 def test_the_padded_ways_refuse_soft_caps() -> None:
@@ -977,9 +1003,8 @@ def test_tools_on_a_gpu(capsys) -> None:
         check_steps(row)
     few = ("--shape", "tiny", "--num-seqs", 4, "--max-len", 64, "--decode-steps", 2,
            "--repeats", 1, "--lengths", "one-long", "--plot", "none")  # fmt: skip
-    # All phases are some twenty graphs, over two minutes of compiling beside other tests; a prefill
-    # is five.
-    for options, phases in ((("--compile", "eager"), 4), (("--phases", "prefill"), 1)):
+    serving = ("--phases", "prefill", "decode")
+    for options, phases in ((("--compile", "eager"), 4), (serving, 2)):
         document = tool_document("compare_batching", *few, *options)
         assert len(document["rows"]) == 4 * phases
         assert all(row["ms"] > 0 for row in document["rows"])

@@ -1,4 +1,4 @@
-"""Four ways to lay requests of different lengths out, with one interface.
+"""Four ways to serve requests of different lengths, with one interface; each runs layer by layer.
 
 Shape suffixes as in `tools/padded.py`, T packed tokens, S requests, W blocks of one.
 """
@@ -9,15 +9,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from minigen.model import Decoder, PagedKV
+from minigen.model import Decoder, PagedKV, packed_layer
 from tools import padded
 from tools.padded import Cache, PaddedBatch
 
 BLOCK_SIZE = 16
-Compile = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
+Layer = Callable[..., Tensor]
+Compile = Callable[[Layer], Layer]
 
 
 def without_coalescing() -> dict[str, bool]:
@@ -48,31 +48,26 @@ def padding_share(lengths: Sequence[int], groups: Sequence[Sequence[int]]) -> fl
 
 
 class Way(ABC):
-    """Requests laid out in one way. Logits and hidden states come in the requests' order.
+    """Requests laid out in one way. Logits come in the requests' order.
 
     Args:
         prompts: at least two, of token ids.
         num_steps: decode steps that the cache has room for.
-        wrap: what compiles a function; the training step is wrapped only by `wrap_train`.
+        wrap: what compiles a layer.
     """
 
     name: str
 
     def __init__(
-        self,
-        decoder: Decoder,
-        prompts: Sequence[list[int]],
-        num_steps: int,
-        wrap: Compile,
-        wrap_train: Compile,
+        self, decoder: Decoder, prompts: Sequence[list[int]], num_steps: int, wrap: Compile
     ) -> None:
         self.decoder, self.prompts, self.num_steps = decoder, prompts, num_steps
         self.device = decoder.embed.weight.device
         self.lengths = [len(prompt) for prompt in prompts]
-        self._lay_out(wrap, wrap_train)
+        self._lay_out(wrap)
 
     @abstractmethod
-    def _lay_out(self, wrap: Compile, wrap_train: Compile) -> None:
+    def _lay_out(self, wrap: Compile) -> None:
         """Puts the prompts on the device."""
 
     @abstractmethod
@@ -99,20 +94,8 @@ class Way(ABC):
         """fp32 logits [S, V] after one token more; `step` counts from 0."""
 
     @abstractmethod
-    def hidden_of_real(self) -> Tensor:
-        """Hidden states [T, E] of all real tokens, prompt by prompt, without a cache."""
-
-    @abstractmethod
-    def loss(self) -> Tensor:
-        """Mean cross-entropy of every token that has one before it."""
-
-    @abstractmethod
     def padding(self, phase: str) -> float:
         """Share of rows that are padding (decode: of the cache, at its end)."""
-
-
-def _summed_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="sum")
 
 
 class Padded(Way):
@@ -123,29 +106,29 @@ class Padded(Way):
     def groups(self) -> list[list[int]]:
         return [list(range(len(self.prompts)))]
 
-    def _lay_out(self, wrap: Compile, wrap_train: Compile) -> None:
-        self._groups = self.groups()
-        self._order = torch.tensor(
-            [i for group in self._groups for i in group], device=self.device
-        ).argsort()
+    def layers(self) -> tuple[Layer, Layer]:
+        """The layer of the prefill and that of a decode step."""
+        return padded.sdpa_prefill_layer, padded.sdpa_decode_layer
+
+    def _lay_out(self, wrap: Compile) -> None:
+        groups = self.groups()
+        self._group_sizes = groups
+        self._groups = [torch.tensor(group, device=self.device) for group in groups]
+        self._order = torch.cat(self._groups).argsort()
         self._batches = [
-            PaddedBatch.of([self.prompts[i] for i in group], self.device) for group in self._groups
+            PaddedBatch.of([self.prompts[i] for i in group], self.device) for group in groups
         ]
-        self._targets = []
-        for batch in self._batches:
-            # What follows each token; the last one's and padding's are ignored.
-            after_BL = batch.tokens_BL.roll(-1, 1)
-            real_BL = batch.positions_BL < batch.lengths_B[:, None] - 1
-            self._targets.append(after_BL.masked_fill(~real_BL, -100))
         self._caches: list[Cache] = []
-        self._prefill, self._decode = wrap(self._prefill_rows), wrap(self._decode_rows)
-        self._loss = wrap_train(self._loss_sum)
+        self._plain_layer, decode_layer = self.layers()
+        self._prefill_layer, self._decode_layer = wrap(self._plain_layer), wrap(decode_layer)
 
     def make_cache(self) -> None:
-        self._caches = [
-            padded.new_cache(self.decoder, len(group), batch.tokens_BL.shape[1] + self.num_steps)
-            for group, batch in zip(self._groups, self._batches, strict=True)
-        ]
+        self._caches = []
+        for batch in self._batches:
+            rows, longest = batch.tokens_BL.shape
+            # A multiple of 8, as the fast kernels want the rows of a mask.
+            capacity = -(-(longest + self.num_steps) // 8) * 8
+            self._caches.append(padded.new_cache(self.decoder, rows, capacity))
 
     def drop_cache(self) -> None:
         self._caches = []
@@ -153,50 +136,42 @@ class Padded(Way):
     def cache_bytes(self) -> int:
         return sum(t.nbytes for cache in self._caches for pair in cache for t in pair)
 
-    def hidden(self, batch: PaddedBatch, cache: Cache | None) -> Tensor:
-        return padded.sdpa_prefill(self.decoder, batch, cache)
+    def _shared(self, batch: PaddedBatch) -> tuple[Tensor, ...]:
+        """What all layers of the prefill are given."""
+        return ()
 
-    def _prefill_rows(self, batch: PaddedBatch, cache: Cache) -> Tensor:
-        hidden_BLE = self.hidden(batch, cache)
-        row_B = torch.arange(len(batch.lengths_B), device=self.device)
-        return self.decoder.logits(hidden_BLE[row_B, batch.lengths_B - 1])
+    def _keys(self, step: int) -> tuple[Tensor, ...]:
+        """What all layers of a decode step are given besides the number of keys."""
+        return ()
 
-    def _decode_rows(self, tokens_B: Tensor, kv_lens_B: Tensor, cache: Cache) -> Tensor:
-        return self.decoder.logits(padded.sdpa_decode(self.decoder, tokens_B, kv_lens_B, cache))
-
-    def _loss_sum(self, batch: PaddedBatch, targets_BL: Tensor) -> Tensor:
-        return _summed_loss(self.decoder.logits(self.hidden(batch, None)), targets_BL)
+    def _prefill(self, layer: Layer) -> list[Tensor]:
+        logits = []
+        for batch, cache in zip(self._batches, self._caches, strict=True):
+            inputs = batch.tokens_BL, batch.positions_BL, layer, cache
+            x_BLE = padded.hidden_states(self.decoder, *inputs, *self._shared(batch))
+            row_B = torch.arange(len(batch.lengths_B), device=self.device)
+            last_BE = x_BLE[row_B, batch.lengths_B - 1]
+            logits.append(self.decoder.logits(self.decoder.norm(last_BE)))
+        return logits
 
     def prefill(self) -> Tensor:
-        parts = zip(self._batches, self._caches, strict=True)
-        return torch.cat([self._prefill(*part) for part in parts])[self._order]
+        return torch.cat(self._prefill(self._prefill_layer))[self._order]
 
     def fill_cache(self) -> None:
-        for part in zip(self._batches, self._caches, strict=True):
-            self._prefill_rows(*part)
+        self._prefill(self._plain_layer)
 
     def decode(self, tokens_S: Tensor, step: int) -> Tensor:
         logits = []
-        for group, batch, cache in zip(self._groups, self._batches, self._caches, strict=True):
-            tokens_B = tokens_S if len(self._groups) == 1 else tokens_S[group]
-            logits.append(self._decode(tokens_B, batch.lengths_B + step, cache))
-        return logits[0] if len(logits) == 1 else torch.cat(logits)[self._order]
-
-    def hidden_of_real(self) -> Tensor:
-        rows: dict[int, Tensor] = {}
-        for group, batch in zip(self._groups, self._batches, strict=True):
-            hidden_BLE = self.hidden(batch, None)
-            rows |= {i: hidden_BLE[b, : self.lengths[i]] for b, i in enumerate(group)}
-        return torch.cat([rows[i] for i in range(len(self.prompts))])
-
-    def loss(self) -> Tensor:
-        parts = zip(self._batches, self._targets, strict=True)
-        total = sum(self._loss(*part) for part in parts)
-        return torch.as_tensor(total) / sum(length - 1 for length in self.lengths)
+        for ids_B, batch, cache in zip(self._groups, self._batches, self._caches, strict=True):
+            kv_lens_B = batch.lengths_B + step
+            inputs = tokens_S[ids_B, None], kv_lens_B[:, None], self._decode_layer, cache
+            x_B1E = padded.hidden_states(self.decoder, *inputs, kv_lens_B, *self._keys(step))
+            logits.append(self.decoder.logits(self.decoder.norm(x_B1E[:, 0])))
+        return torch.cat(logits)[self._order]
 
     def padding(self, phase: str) -> float:
         extra = self.num_steps if phase == "decode" else 0
-        return padding_share([length + extra for length in self.lengths], self._groups)
+        return padding_share([length + extra for length in self.lengths], self._group_sizes)
 
 
 class Grouped(Padded):
@@ -211,8 +186,8 @@ class Unpadded(Padded):
 
     name = "unpadded"
 
-    def hidden(self, batch: PaddedBatch, cache: Cache | None) -> Tensor:
-        return padded.unpadded_prefill(self.decoder, batch, cache)
+    def layers(self) -> tuple[Layer, Layer]:
+        return padded.unpadded_prefill_layer, padded.unpadded_decode_layer
 
     def make_cache(self) -> None:
         super().make_cache()
@@ -226,15 +201,11 @@ class Unpadded(Padded):
             keys = (row_T, at_T, ends.int())
             self._real_keys.append(tuple(tensor.to(self.device) for tensor in keys))
 
-    def _decode_rows(
-        self, tokens_B: Tensor, kv_lens_B: Tensor, cache: Cache, *keys: Tensor
-    ) -> Tensor:
-        hidden = padded.unpadded_decode(self.decoder, tokens_B, kv_lens_B, cache, *keys)
-        return self.decoder.logits(hidden)
+    def _shared(self, batch: PaddedBatch) -> tuple[Tensor, ...]:
+        return batch.real_T, batch.cu_seqlens_S1
 
-    def decode(self, tokens_S: Tensor, step: int) -> Tensor:
-        kv_lens_B = self._batches[0].lengths_B + step
-        return self._decode(tokens_S, kv_lens_B, self._caches[0], *self._real_keys[step])
+    def _keys(self, step: int) -> tuple[Tensor, ...]:
+        return self._real_keys[step]
 
 
 class Flat(Way):
@@ -242,7 +213,7 @@ class Flat(Way):
 
     name = "flat"
 
-    def _lay_out(self, wrap: Compile, wrap_train: Compile) -> None:
+    def _lay_out(self, wrap: Compile) -> None:
         flat = [token for prompt in self.prompts for token in prompt]
         at = [i for prompt in self.prompts for i in range(len(prompt))]
         ends = torch.tensor([0, *self.lengths]).cumsum(0)
@@ -251,12 +222,8 @@ class Flat(Way):
         self._cu_seqlens_S1 = ends.int().to(self.device)
         self._last_S = (ends[1:] - 1).to(self.device)
         self._lengths_S = torch.tensor(self.lengths).to(self.device)
-        targets_T = self._tokens_T.roll(-1)
-        targets_T[self._last_S] = -100
-        self._targets_T = targets_T
         self._cu_decode_S1 = torch.arange(len(self.prompts) + 1, device=self.device).int()
-        self._prefill, self._decode = wrap(self._paged_rows), wrap(self._decode_rows)
-        self._loss = wrap_train(self._loss_sum)
+        self._layer = wrap(packed_layer)
 
     def make_cache(self) -> None:
         config, weight = self.decoder.config, self.decoder.embed.weight
@@ -285,58 +252,33 @@ class Flat(Way):
     def cache_bytes(self) -> int:
         return sum(t.nbytes for pair in self._caches for t in pair)
 
-    def _paged_rows(
-        self,
-        tokens_T: Tensor,
-        positions_T: Tensor,
-        slots_T: Tensor,
-        cu_seqlens_S1: Tensor,
-        kv_lens_S: Tensor,
-        table_SW: Tensor,
-        last_S: Tensor,
+    def _rows(
+        self, layer: Layer, tokens_T: Tensor, positions_T: Tensor, ends_S1: Tensor, kv: PagedKV
     ) -> Tensor:
-        kv = PagedKV(self._caches, slots_T, kv_lens_S, table_SW)
-        hidden_TE = self.decoder.hidden_states(tokens_T, positions_T, cu_seqlens_S1, kv)
-        return self.decoder.logits(hidden_TE[last_S])
+        """Hidden states [T, E] before the last norm."""
+        x_TE, cos_TR, sin_TR = self.decoder.begin(tokens_T, positions_T)
+        for i, block in enumerate(self.decoder.blocks):
+            x_TE = layer(block, x_TE, cos_TR, sin_TR, ends_S1, kv.layer(i))
+        return x_TE
 
-    def _decode_rows(
-        self, tokens_S: Tensor, kv_lens_S: Tensor, table_SW: Tensor, cu_seqlens_S1: Tensor
-    ) -> Tensor:
-        block_S1 = (kv_lens_S // BLOCK_SIZE)[:, None]
-        block_S = table_SW.gather(1, block_S1)[:, 0].long()
-        slots_S = block_S * BLOCK_SIZE + kv_lens_S % BLOCK_SIZE
-        kv = PagedKV(self._caches, slots_S, (kv_lens_S + 1).int(), table_SW)
-        return self.decoder.logits(
-            self.decoder.hidden_states(tokens_S, kv_lens_S, cu_seqlens_S1, kv)
-        )
-
-    def _loss_sum(
-        self, tokens_T: Tensor, positions_T: Tensor, cu_seqlens_S1: Tensor, targets_T: Tensor
-    ) -> Tensor:
-        hidden_TE = self.decoder.hidden_states(tokens_T, positions_T, cu_seqlens_S1)
-        return _summed_loss(self.decoder.logits(hidden_TE), targets_T)
-
-    def _prefill_inputs(self) -> tuple[Tensor, ...]:
-        return (
-            self._tokens_T, self._positions_T, self._slots_T, self._cu_seqlens_S1,
-            self._lengths_S.int(), self._table_SW, self._last_S,
-        )  # fmt: skip
+    def _prefill(self, layer: Layer) -> Tensor:
+        kv = PagedKV(self._caches, self._slots_T, self._lengths_S.int(), self._table_SW)
+        x_TE = self._rows(layer, self._tokens_T, self._positions_T, self._cu_seqlens_S1, kv)
+        return self.decoder.logits(self.decoder.norm(x_TE[self._last_S]))
 
     def prefill(self) -> Tensor:
-        return self._prefill(*self._prefill_inputs())
+        return self._prefill(self._layer)
 
     def fill_cache(self) -> None:
-        self._paged_rows(*self._prefill_inputs())
+        self._prefill(packed_layer)
 
     def decode(self, tokens_S: Tensor, step: int) -> Tensor:
-        return self._decode(tokens_S, self._lengths_S + step, self._table_SW, self._cu_decode_S1)
-
-    def hidden_of_real(self) -> Tensor:
-        return self.decoder.hidden_states(self._tokens_T, self._positions_T, self._cu_seqlens_S1)
-
-    def loss(self) -> Tensor:
-        total = self._loss(self._tokens_T, self._positions_T, self._cu_seqlens_S1, self._targets_T)
-        return total / sum(length - 1 for length in self.lengths)
+        kv_lens_S = self._lengths_S + step
+        block_S = self._table_SW.gather(1, (kv_lens_S // BLOCK_SIZE)[:, None])[:, 0].long()
+        slots_S = block_S * BLOCK_SIZE + kv_lens_S % BLOCK_SIZE
+        kv = PagedKV(self._caches, slots_S, (kv_lens_S + 1).int(), self._table_SW)
+        x_SE = self._rows(self._layer, tokens_S, kv_lens_S, self._cu_decode_S1, kv)
+        return self.decoder.logits(self.decoder.norm(x_SE))
 
     def padding(self, phase: str) -> float:
         if phase != "decode":

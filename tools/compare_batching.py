@@ -6,13 +6,14 @@ unpadded  one rectangle, but every layer takes the real rows out for its attenti
           back, as transformers does with a flash kernel
 flat      minigen's: no padding anywhere
 
-All have the same weights and, checked in float32 before they are timed, the same logits: after the
-prefill and each decode step for these two phases, at every real token for the forward of training.
-Timed are the prefill, decode steps, the forward of a training step (loss over all tokens, with what
-the backward will need kept), and a whole training step as `minigen train` takes it: forward,
-chunked cross-entropy, backward, clipping, AdamW. The losses and gradients of the latter must agree,
-too, in the dtype and compiled as they are timed. Each way is compiled once for all lengths, with
-dynamic sizes.
+All have the same weights and, checked before they are timed, the same results. For the prefill and
+decode steps these are the logits after the prefill and after decode steps, in float32, of at most
+16 of the sequences, cut to 512 tokens. For the forward of a training step (with what its backward
+will need kept) and for a whole training step as `minigen train` takes it (forward, chunked
+cross-entropy, backward, clipping, AdamW) these are losses and gradients of all samples, in the
+dtype and compiled as they are timed. Each way compiles its layer once for all layers and lengths,
+with dynamic sizes. On a GPU decode steps are replayed from CUDA graphs: launches cost no way
+anything.
 
 Padding is the share of computed token rows that nobody asked for; in decoding, the share of the
 cache's rows that hold no token at its end. Tokens a second count real tokens only. MFU is the share
@@ -30,7 +31,7 @@ import math
 import random
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -40,7 +41,6 @@ from tqdm import tqdm
 from minigen.bench_options import model_dtype
 from minigen.cli import positive
 from minigen.flops import peak_flops_of
-from minigen.kernels import varlen_attention
 from minigen.llm import device_of
 from minigen.measure import environment, percentile, seconds_of, synchronize
 from minigen.model import Decoder, DecoderConfig
@@ -57,11 +57,11 @@ from tools.training_ways import TRAINING_WAYS, WORDS, StepComparison, StepModels
 
 LENGTHS = ("uniform", "lognormal", "one-long", "trace")
 PHASES = ("prefill", "decode", "train-forward", "train-step")
-SERVING = PHASES[:3]  # all that `measure` times
+SERVING, TRAINING = PHASES[:2], PHASES[2:]
 SHORT = 16  # of "one-long": all but one
-CHECKED_ROWS = 512  # logits held at once in the check
+# What the check in float32 takes of the prompts: attention there may hold all scores.
+CHECKED_SEQS, CHECKED_LEN, CHECKED_STEPS = 16, 512, 4
 LEFT_OUT = "left out: the lengths of a recorded trace, for which there is no --trace FILE"
-TOO_LARGE = "flat, which the others are compared with, does not fit into memory: ask for less"
 
 
 # --- lengths -------------------------------------------------------------------------------------
@@ -120,17 +120,6 @@ def compiler(mode: str) -> Compile:
     return lambda function: torch.compile(function, dynamic=True, options=options or None)
 
 
-def has_backward(device: torch.device) -> bool:
-    """Whether attention over packed sequences has a backward: a compiler traces it ahead."""
-    q_THD = torch.ones(1, 1, 16, device=device, requires_grad=True)
-    ends = torch.tensor([0, 1], dtype=torch.int32, device=device)
-    try:
-        varlen_attention(q_THD, q_THD, q_THD, ends, ends)[0].sum().backward()
-    except (RuntimeError, NotImplementedError):
-        return False
-    return True
-
-
 # --- check and measure ---------------------------------------------------------------------------
 
 
@@ -140,36 +129,25 @@ def check_agreement(
     prompts: Sequence[list[int]],
     steps_NS: Tensor,
     phases: Sequence[str] = SERVING,
-) -> dict[str, float | None]:
+) -> dict[str, float]:
     """{way: largest difference of its logits from flat's, over the largest logit}.
 
-    Compared are, for the forward of training, all real tokens' logits; for prefill and decode those
-    after the prefill and those of each decode step. None stands for a way that runs out of memory.
-
-    Raises ValueError where a way differs by more than 1,000 roundings of the decoder's dtype, or
-    where flat does not fit.
+    Compared are the logits after the prefill and, where `phases` has "decode", after each step.
+    Raises ValueError where a way differs by more than 1,000 roundings of the decoder's dtype.
     """
-    found: dict[str, float | None] = {}
-    expected_TE: Tensor | None = None
+    found: dict[str, float] = {}
     expected: list[Tensor] = []
     for kind in reversed(WAYS):
-        try:
-            hidden_TE, results = _results_of(kind, decoder, prompts, steps_NS, phases)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            if kind is Flat:
-                raise ValueError(TOO_LARGE) from None
-            found[kind.name] = None
-            continue
+        release(decoder.embed.weight.device)
+        way = kind(decoder, prompts, len(steps_NS), as_it_is)
+        way.make_cache()
+        results = [way.prefill()]
+        if "decode" in phases:
+            results += [way.decode(tokens_S, step) for step, tokens_S in enumerate(steps_NS)]
         if kind is Flat:
-            expected_TE, expected = hidden_TE, results
+            expected = results
             continue
-        pairs = list(zip(results, expected, strict=True))
-        if hidden_TE is not None and expected_TE is not None:
-            for at in range(0, len(hidden_TE), CHECKED_ROWS):
-                rows = slice(at, at + CHECKED_ROWS)
-                pairs.append((decoder.logits(hidden_TE[rows]), decoder.logits(expected_TE[rows])))
+        pairs = zip(results, expected, strict=True)
         difference = max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
         bound = 1000 * torch.finfo(decoder.embed.weight.dtype).eps
         if not difference <= bound:
@@ -181,25 +159,17 @@ def check_agreement(
     return found
 
 
-def _results_of(
-    kind: type[Way],
-    decoder: Decoder,
-    prompts: Sequence[list[int]],
-    steps_NS: Tensor,
-    phases: Sequence[str],
-) -> tuple[Tensor | None, list[Tensor]]:
-    """(hidden states of all real tokens, logits after the prefill and after each decode step)."""
-    release(decoder.embed.weight.device)
-    way = kind(decoder, prompts, len(steps_NS), as_it_is, as_it_is)
-    hidden_TE = way.hidden_of_real() if "train-forward" in phases else None
-    if not {"prefill", "decode"} & set(phases):
-        return hidden_TE, []
-    way.make_cache()
-    results = [way.prefill()]
-    results += [way.decode(tokens_S, step) for step, tokens_S in enumerate(steps_NS)]
-    return hidden_TE, results
+def replayed(function: Callable[[], Tensor], device: torch.device) -> Callable[[], object]:
+    """On a GPU the call as a CUDA graph, which it has to be warm for; elsewhere itself."""
+    if device.type != "cuda":
+        return function
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
 
 
+@torch.no_grad()
 def measure(
     kind: type[Way],
     decoder: Decoder,
@@ -207,39 +177,37 @@ def measure(
     steps_NS: Tensor,
     repeats: int,
     wrap: Compile,
-    wrap_train: Compile,
     phases: Sequence[str] = SERVING,
-) -> Iterator[dict[str, Any]]:
-    """One row a phase, as soon as it is measured.
-
-    It has milliseconds, tokens/s, padding, and the memory of cache and activations.
-    """
+) -> list[dict[str, Any]]:
+    """One row a phase: milliseconds, tokens/s, padding, memory of cache and activations."""
     device = decoder.embed.weight.device
-    way = kind(decoder, prompts, len(steps_NS), wrap, wrap_train)
-    real = sum(way.lengths)
+    way = kind(decoder, prompts, len(steps_NS), wrap)
+    real, last = sum(way.lengths), len(steps_NS) - 1
 
     def prefill() -> dict[str, Any]:
-        way.make_cache()
         seconds = seconds_of(way.prefill, device, repeats)
         peak = way.cache_bytes() + extra_memory(way.prefill, device)
         return {"ms": seconds * 1e3, "tokens_s": real / seconds, "peak_bytes": peak}
 
     def decode() -> dict[str, Any]:
-        way.drop_cache()
-        way.make_cache()
-        # Once, and not compiled: every round writes the same tokens into the same places.
+        # Not compiled: only the steps are timed.
         way.fill_cache()
-        synchronize(device)
+        for step, tokens_S in enumerate(steps_NS):
+            way.decode(tokens_S, step)
+
+        def last_step() -> Tensor:
+            return way.decode(steps_NS[last], last)
+
+        peak = way.cache_bytes() + extra_memory(last_step, device)
+        # The last step again and again writes the same keys into the same places.
+        step = replayed(last_step, device)
         spans: list[float] = []
-        for _ in range(repeats + 1):
-            spans = []  # of the last round only: the others warm up
-            for step, tokens_S in enumerate(steps_NS):
-                start = time.perf_counter()
-                way.decode(tokens_S, step)
-                synchronize(device)
-                spans.append(time.perf_counter() - start)
-        last = len(steps_NS) - 1
-        peak = way.cache_bytes() + extra_memory(lambda: way.decode(steps_NS[last], last), device)
+        for _ in range(repeats * len(steps_NS)):
+            synchronize(device)
+            start = time.perf_counter()
+            step()
+            synchronize(device)
+            spans.append(time.perf_counter() - start)
         seconds = percentile(spans, 50)
         return {
             "ms": seconds * 1e3,
@@ -248,30 +216,21 @@ def measure(
             "peak_bytes": peak,
         }
 
-    def train_forward() -> dict[str, Any]:
-        way.drop_cache()
-        decoder.requires_grad_(True)
-        try:
-            seconds = seconds_of(way.loss, device, repeats)
-            peak = extra_memory(way.loss, device)
-        finally:
-            decoder.requires_grad_(False)
-        return {"ms": seconds * 1e3, "tokens_s": real / seconds, "peak_bytes": peak}
-
-    functions = {"prefill": prefill, "decode": decode, "train-forward": train_forward}
+    functions = {"prefill": prefill, "decode": decode}
+    rows = []
     for phase in phases:
-        if phase == "train-forward" and max(way.lengths) == 1:
-            continue  # single tokens predict nothing
+        way.drop_cache()
         release(device)
         try:
-            with torch.set_grad_enabled(phase == "train-forward"):
-                found = functions[phase]()
+            way.make_cache()
+            found = functions[phase]()
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             # Where padding does not fit, that is the result.
             found = {"ms": None, "tokens_s": None, "peak_bytes": None, "error": OUT_OF_MEMORY}
-        yield {"way": way.name, "phase": phase, "padding": way.padding(phase), **found}
+        rows.append({"way": way.name, "phase": phase, "padding": way.padding(phase), **found})
+    return rows
 
 
 # --- the runs ------------------------------------------------------------------------------------
@@ -286,10 +245,12 @@ def main(args: argparse.Namespace) -> None:
     num_seqs = args.num_seqs or (64 if cuda else 16)
     if num_seqs < 2:
         raise ValueError("--num-seqs is 1: a batch to compare has at least 2")
+    serving = [phase for phase in phases if phase in SERVING]
+    training = [phase for phase in phases if phase in TRAINING]
     for option in ("tokens", "max_rows", "recompute", "peak_flops"):
-        if getattr(args, option) and "train-step" not in phases:
+        if getattr(args, option) and not training:
             name = option.replace("_", "-")
-            raise ValueError(f"--{name} is for the phase train-step, which --phases leaves out")
+            raise ValueError(f"--{name} is for the training phases, which --phases leaves out")
     if args.max_rows is not None and args.max_rows < max_len:
         raise ValueError(
             f"--max-rows is {args.max_rows}, but must hold a sequence of --max-len {max_len}"
@@ -314,34 +275,30 @@ def main(args: argparse.Namespace) -> None:
         drawn = (num_seqs, max_len, args.seed, trace)
         trained = {kind: step_lengths(kind, args.tokens, *drawn) for kind in kinds}
     plot = Plot(args, len(phases))
-    serving = [phase for phase in phases if phase != "train-step"]
-    # The check decodes whichever of the serving phases is timed.
     longest = max_len + args.decode_steps if serving else max_len
     decoder = _decoder(args, config, device, longest)
     padded.check_supported(decoder)
     dtype = decoder.embed.weight.dtype
     if args.compile != "eager":
         share_triton_cache(device)
-    wrap = compiler(args.compile)
-    wrap_train = wrap if has_backward(device) else as_it_is
     if left_out:
         print(LEFT_OUT, file=sys.stderr, flush=True)
 
     agreement: dict[str, Any] = {}
     step_agreement: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
-    runs = len(kinds) * (1 + len(WAYS)) * (bool(serving) + ("train-step" in phases))
+    runs = len(kinds) * (1 + len(WAYS)) * (bool(serving) + bool(training))
     with bar(runs, "Ways", "run") as shown:
         if serving:
-            agreement, rows = _serve(args, decoder, lengths, serving, wrap, wrap_train, shown)
-        if "train-step" in phases:
+            agreement, rows = _serve(args, decoder, lengths, serving, shown)
+        if training:
             peak = args.peak_flops
             if peak is None and cuda:
                 peak = peak_flops_of(torch.cuda.get_device_name(device))
             options = StepOptions(
                 dtype, args.compile, args.recompute, args.max_rows, args.repeats, peak
             )
-            step_agreement, found = _train(args, decoder.float(), trained, options, shown)
+            step_agreement, found = _train(args, decoder.float(), trained, training, options, shown)
             rows += found
     _print(rows, lengths, trained, agreement, step_agreement)
     if left_out:
@@ -354,7 +311,6 @@ def main(args: argparse.Namespace) -> None:
             **environment(device),
             "dtype": _name(dtype),
             "compile": args.compile,
-            "compile_train": args.compile if wrap_train is wrap else "eager",
             "lengths": lengths,
             "lengths_left_out": left_out,
             "decode_steps": args.decode_steps,
@@ -376,11 +332,9 @@ def _serve(
     decoder: Decoder,
     lengths: dict[str, list[int]],
     phases: Sequence[str],
-    wrap: Compile,
-    wrap_train: Compile,
     shown: tqdm,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(agreement by lengths, rows) of all phases but the training step."""
+    """(agreement by lengths, rows) of prefill and decode."""
     config, device, dtype = decoder.config, decoder.embed.weight.device, decoder.embed.weight.dtype
     rng = random.Random(args.seed)
     num_seqs = len(next(iter(lengths.values())))
@@ -389,31 +343,26 @@ def _serve(
         for _ in range(args.decode_steps)
     ]
     steps_NS = torch.tensor(steps, device=device)
+    wrap = compiler(args.compile)
     agreement: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
     # Sizes are dynamic: all lengths run what the first ones have compiled. Nothing may run
-    # uncompiled because a function of another way, or rectangles of one row, are compiled too.
+    # uncompiled because rectangles of one row, or of another way, are compiled too.
     torch.compiler.reset()
     with torch._dynamo.config.patch(  # pyright: ignore[reportAttributeAccessIssue]
         recompile_limit=MOST_COMPILATIONS, accumulated_recompile_limit=MOST_COMPILATIONS
     ):
         for kind, values in lengths.items():
             prompts = tokens_of(values, config.vocab_size, args.seed)
+            checked = [prompt[:CHECKED_LEN] for prompt in prompts[:CHECKED_SEQS]]
             # To float32 and back leaves the weights as they were.
-            agreement[kind] = check_agreement(decoder.float(), prompts, steps_NS, phases)
+            agreement[kind] = check_agreement(
+                decoder.float(), checked, steps_NS[:CHECKED_STEPS, :CHECKED_SEQS], phases
+            )
             decoder.to(dtype)
             shown.update()
             for way in WAYS:
-                found: Iterable[dict[str, Any]] = [
-                    {"way": way.name, "phase": phase, "padding": None, "ms": None, "tokens_s": None,
-                     "peak_bytes": None, "error": OUT_OF_MEMORY}
-                    for phase in phases
-                ]  # fmt: skip
-                if agreement[kind].get(way.name, 0.0) is not None:
-                    found = measure(
-                        way, decoder, prompts, steps_NS, args.repeats, wrap, wrap_train, phases
-                    )
-                for row in found:
+                for row in measure(way, decoder, prompts, steps_NS, args.repeats, wrap, phases):
                     rows.append({"lengths": kind, **row})
                     _say(rows[-1], shown)
                 shown.update()
@@ -432,10 +381,11 @@ def _train(
     args: argparse.Namespace,
     decoder: Decoder,
     lengths: dict[str, list[int]],
+    phases: Sequence[str],
     options: StepOptions,
     shown: tqdm,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(agreement by lengths, rows) of the training step."""
+    """(agreement by lengths, rows) of the training step and of its forward."""
     agreement: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
     # What the serving phases have compiled must not burden a step. Sizes are dynamic: all lengths
@@ -450,8 +400,9 @@ def _train(
         agreement[kind] = comparison.check()
         shown.update()
         for way in TRAINING_WAYS:
-            rows.append({"lengths": kind, **comparison.measure(way)})
-            _say(rows[-1], shown)
+            for phase in phases:
+                rows.append({"lengths": kind, **comparison.measure(way, phase)})
+                _say(rows[-1], shown)
             shown.update()
     return agreement, rows
 
@@ -497,7 +448,7 @@ def _print(
         )
 
     for kind, found in agreement.items():
-        worst = max((value for value in found.values() if value is not None), default=0.0)
+        worst = max(found.values(), default=0.0)
         says(kind, lengths[kind], f"the ways agree within {worst:.1g} of the largest logit")
     for kind, found in step_agreement.items():
         worst = {
@@ -524,7 +475,7 @@ def _print(
 
     header = ["lengths, phase", "way", "ms", "× flat", "tokens/s", "padding", "memory MB"]
     ordered = [r for phase in SERVING for r in rows if r["phase"] == phase]
-    steps = [r for r in rows if r["phase"] == "train-step"]
+    steps = [r for phase in TRAINING for r in rows if r["phase"] == phase]
     if ordered:
         print()
         print(table(header, [line(r) for r in ordered]))
@@ -554,7 +505,7 @@ def options() -> argparse.ArgumentParser:
     made.formatter_class = argparse.RawDescriptionHelpFormatter
     made.add_argument(
         "--compile", default="default", choices=["eager", "default"],
-        help="of all four ways; a training step only where attention has a backward",
+        help="of all four ways",
     )  # fmt: skip
     made.add_argument("--phases", nargs="+", choices=PHASES, metavar="PHASE", help="default: all")
     made.add_argument(
@@ -572,7 +523,7 @@ def options() -> argparse.ArgumentParser:
     )
     made.add_argument("--decode-steps", type=positive, default=16, metavar="N")
     made.add_argument("--repeats", type=positive, default=5, metavar="N")
-    step = made.add_argument_group("train-step")
+    step = made.add_argument_group("train-forward and train-step")
     step.add_argument(
         "--tokens", type=positive, metavar="N",
         help="of the step: as many draws of --num-seqs lengths as make N, the last length cut; "

@@ -1,8 +1,9 @@
 """The decoder's parameters run in the ways that pad, to be compared with the flat batch.
 
 Shape suffixes as in `minigen/model.py`, and B rows of a padded batch, L its longest prompt, C the
-rows of its cache for a sequence (L and what is decoded). Padding stands on the right, so that a
-causal prefill needs no mask: no real token looks behind itself.
+rows of its cache for a sequence (L and what is decoded), G query heads that share a key head.
+Padding stands on the right, so that a causal prefill needs no mask: no real token looks behind
+itself.
 """
 
 from __future__ import annotations
@@ -53,18 +54,24 @@ def block_output(
 
 
 def hidden_states(
-    decoder: Decoder, tokens_BL: Tensor, positions_BL: Tensor, attend: Attend
+    decoder: Decoder,
+    tokens_BL: Tensor,
+    positions_BL: Tensor,
+    layer: Callable[..., Tensor],
+    cache: Cache,
+    *shared: Tensor,
 ) -> Tensor:
-    """Normed hidden states [B, L, E] of a padded batch: `Decoder.hidden_states` with padding."""
-    x_BLE = F.embedding(tokens_BL, decoder.embed.weight)
-    if decoder.config.embedding_scale != 1.0:
-        x_BLE = x_BLE * decoder.embedding_scale
+    """Hidden states [B, L, E] of a padded batch, before the last norm.
+
+    layer: one of the functions below, or a compiled form of it; called for each block with the
+        rope tables of all B * L rows, the block's part of the cache, and what all layers share.
+    """
+    x_BLE = decoder.embedded(tokens_BL, decoder.embed.weight.dtype)
     cos_TR = decoder.cos_PR[positions_BL.flatten()]
     sin_TR = decoder.sin_PR[positions_BL.flatten()]
-    for block in decoder.blocks:
-        assert isinstance(block, Block)
-        x_BLE = block_output(block, x_BLE, cos_TR, sin_TR, attend)
-    return decoder.norm(x_BLE)
+    for block, caches in zip(decoder.blocks, cache, strict=True):
+        x_BLE = layer(block, x_BLE, cos_TR, sin_TR, *caches, *shared)
+    return x_BLE
 
 
 @dataclass
@@ -103,21 +110,17 @@ def new_cache(decoder: Decoder, rows: int, capacity: int) -> Cache:
     return [(zeros(), zeros()) for _ in range(config.num_layers)]
 
 
-def _keep(cache: Cache | None, layer: int, k_BLKD: Tensor, v_BLKD: Tensor) -> None:
-    if cache is not None:
-        k_BKCD, v_BKCD = cache[layer]
-        k_BKCD[:, :, : k_BLKD.shape[1]] = k_BLKD.transpose(1, 2)
-        v_BKCD[:, :, : v_BLKD.shape[1]] = v_BLKD.transpose(1, 2)
+def _keep(k_BKCD: Tensor, v_BKCD: Tensor, k_BLKD: Tensor, v_BLKD: Tensor) -> None:
+    k_BKCD[:, :, : k_BLKD.shape[1]] = k_BLKD.transpose(1, 2)
+    v_BKCD[:, :, : v_BLKD.shape[1]] = v_BLKD.transpose(1, 2)
 
 
 def _append(
-    cache: Cache, layer: int, kv_lens_B: Tensor, k_B1KD: Tensor, v_B1KD: Tensor
-) -> tuple[Tensor, Tensor]:
-    k_BKCD, v_BKCD = cache[layer]
+    k_BKCD: Tensor, v_BKCD: Tensor, kv_lens_B: Tensor, k_B1KD: Tensor, v_B1KD: Tensor
+) -> None:
     row_B = torch.arange(len(kv_lens_B), device=kv_lens_B.device)
     k_BKCD[row_B, :, kv_lens_B] = k_B1KD[:, 0]
     v_BKCD[row_B, :, kv_lens_B] = v_B1KD[:, 0]
-    return k_BKCD, v_BKCD
 
 
 def sdpa_rectangle(layer: Attention, q_BLHD: Tensor, k_BLKD: Tensor, v_BLKD: Tensor) -> Tensor:
@@ -157,70 +160,93 @@ def unpadded_rectangle(
     return flat.index_copy(0, real_T, out_THD).view_as(q_BLHD)
 
 
-def sdpa_prefill(decoder: Decoder, batch: PaddedBatch, cache: Cache | None) -> Tensor:
-    """Hidden states [B, L, E], attention over the whole rectangle."""
+def sdpa_prefill_layer(
+    block: Block, x_BLE: Tensor, cos_TR: Tensor, sin_TR: Tensor, k_BKCD: Tensor, v_BKCD: Tensor
+) -> Tensor:
+    """The block over prompts, attention over the whole rectangle."""
 
     def attend(layer: Attention, q_BLHD: Tensor, k_BLKD: Tensor, v_BLKD: Tensor) -> Tensor:
-        _keep(cache, layer.layer, k_BLKD, v_BLKD)
+        _keep(k_BKCD, v_BKCD, k_BLKD, v_BLKD)
         return sdpa_rectangle(layer, q_BLHD, k_BLKD, v_BLKD)
 
-    return hidden_states(decoder, batch.tokens_BL, batch.positions_BL, attend)
+    return block_output(block, x_BLE, cos_TR, sin_TR, attend)
 
 
-def sdpa_decode(decoder: Decoder, tokens_B: Tensor, kv_lens_B: Tensor, cache: Cache) -> Tensor:
-    """Hidden states [B, E] of one more token a row; kv_lens_B counts the keys before it."""
-    scale = decoder.config.attention_scale
+def unpadded_prefill_layer(
+    block: Block,
+    x_BLE: Tensor,
+    cos_TR: Tensor,
+    sin_TR: Tensor,
+    k_BKCD: Tensor,
+    v_BKCD: Tensor,
+    real_T: Tensor,
+    cu_seqlens_S1: Tensor,
+) -> Tensor:
+    """The block over prompts: takes its real rows out for attention and puts them back."""
+
+    def attend(layer: Attention, q_BLHD: Tensor, k_BLKD: Tensor, v_BLKD: Tensor) -> Tensor:
+        _keep(k_BKCD, v_BKCD, k_BLKD, v_BLKD)
+        return unpadded_rectangle(layer, q_BLHD, k_BLKD, v_BLKD, real_T, cu_seqlens_S1)
+
+    return block_output(block, x_BLE, cos_TR, sin_TR, attend)
+
+
+def sdpa_decode_layer(
+    block: Block,
+    x_B1E: Tensor,
+    cos_TR: Tensor,
+    sin_TR: Tensor,
+    k_BKCD: Tensor,
+    v_BKCD: Tensor,
+    kv_lens_B: Tensor,
+) -> Tensor:
+    """The block over one more token a row; kv_lens_B counts the keys before it."""
 
     def attend(layer: Attention, q_B1HD: Tensor, k_B1KD: Tensor, v_B1KD: Tensor) -> Tensor:
-        k_BKCD, v_BKCD = _append(cache, layer.layer, kv_lens_B, k_B1KD, v_B1KD)
+        _append(k_BKCD, v_BKCD, kv_lens_B, k_B1KD, v_B1KD)
         key_C = torch.arange(k_BKCD.shape[2], device=kv_lens_B.device)
         seen_BC = key_C[None, :] <= kv_lens_B[:, None]
         left = layer.window_size[0]
         if left >= 0:
             seen_BC &= key_C[None, :] >= kv_lens_B[:, None] - left
-        out_BH1D = F.scaled_dot_product_attention(
-            q_B1HD.transpose(1, 2), k_BKCD, v_BKCD, attn_mask=seen_BC[:, None, None],
-            scale=scale, enable_gqa=True,
+        # The queries that share a key head as rows of one: torch has no fast kernel that takes
+        # both a mask and fewer key heads.
+        q_BKGD = q_B1HD[:, 0].unflatten(1, (k_BKCD.shape[1], -1))
+        out_BKGD = F.scaled_dot_product_attention(
+            q_BKGD, k_BKCD, v_BKCD, attn_mask=seen_BC[:, None, None],
+            scale=layer.config.attention_scale,
         )  # fmt: skip
-        return out_BH1D.transpose(1, 2)
+        return out_BKGD.flatten(1, 2)[:, None]
 
-    return hidden_states(decoder, tokens_B[:, None], kv_lens_B[:, None], attend)[:, 0]
-
-
-def unpadded_prefill(decoder: Decoder, batch: PaddedBatch, cache: Cache | None) -> Tensor:
-    """Hidden states [B, L, E]: every layer takes its real rows out and puts them back."""
-
-    def attend(layer: Attention, q_BLHD: Tensor, k_BLKD: Tensor, v_BLKD: Tensor) -> Tensor:
-        _keep(cache, layer.layer, k_BLKD, v_BLKD)
-        real = batch.real_T, batch.cu_seqlens_S1
-        return unpadded_rectangle(layer, q_BLHD, k_BLKD, v_BLKD, *real)
-
-    return hidden_states(decoder, batch.tokens_BL, batch.positions_BL, attend)
+    return block_output(block, x_B1E, cos_TR, sin_TR, attend)
 
 
-def unpadded_decode(
-    decoder: Decoder,
-    tokens_B: Tensor,
+def unpadded_decode_layer(
+    block: Block,
+    x_B1E: Tensor,
+    cos_TR: Tensor,
+    sin_TR: Tensor,
+    k_BKCD: Tensor,
+    v_BKCD: Tensor,
     kv_lens_B: Tensor,
-    cache: Cache,
     key_row_T: Tensor,
     key_at_T: Tensor,
     cu_seqlens_k: Tensor,
 ) -> Tensor:
-    """Hidden states [B, E]: every layer gathers the real keys of its padded cache.
+    """The same, gathering the real keys of its padded cache.
 
     key_row_T, key_at_T, cu_seqlens_k: where they lie in B and C, the new token's included.
     """
-    scale = decoder.config.attention_scale
-    cu_seqlens_q = torch.arange(len(tokens_B) + 1, dtype=torch.int32, device=tokens_B.device)
 
     def attend(layer: Attention, q_B1HD: Tensor, k_B1KD: Tensor, v_B1KD: Tensor) -> Tensor:
-        caches = _append(cache, layer.layer, kv_lens_B, k_B1KD, v_B1KD)
-        k_TKD, v_TKD = (x_BKCD[key_row_T, :, key_at_T] for x_BKCD in caches)
+        _append(k_BKCD, v_BKCD, kv_lens_B, k_B1KD, v_B1KD)
+        k_TKD, v_TKD = (x_BKCD[key_row_T, :, key_at_T] for x_BKCD in (k_BKCD, v_BKCD))
+        rows = len(kv_lens_B) + 1
+        cu_seqlens_q = torch.arange(rows, dtype=torch.int32, device=kv_lens_B.device)
         out_BHD, _ = varlen_attention(
             q_B1HD[:, 0], k_TKD, v_TKD, cu_seqlens_q, cu_seqlens_k,
-            scale=scale, window_size=layer.window_size,
+            scale=layer.config.attention_scale, window_size=layer.window_size,
         )  # fmt: skip
         return out_BHD[:, None]
 
-    return hidden_states(decoder, tokens_B[:, None], kv_lens_B[:, None], attend)[:, 0]
+    return block_output(block, x_B1E, cos_TR, sin_TR, attend)

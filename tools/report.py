@@ -15,6 +15,7 @@ JSON document.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
@@ -22,7 +23,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,18 +79,18 @@ def steps(gpu: bool, shape: str, output: Path, trace: Path | None = None) -> lis
             ("max-autotune", ("max-autotune",)),
         )
     ]
-    # Each phase compiles four ways, so each is a step.
     traced = () if trace is None else ("--trace", str(trace))
+    ways = ("tools.compare_batching", *on, *traced)
+    # As many tokens as a training step has, in micro-batches that padding leaves room for.
+    rows = ("--tokens", "32768", "--max-rows", "32768") if gpu else ()
     batching = [
+        Step("batching", (*ways, "--phases", "prefill", "decode", *plot("batching")), MOST_SECONDS),
         Step(
-            f"batching-{name}",
-            ("tools.compare_batching", *on, "--phases", phase, *traced, *plot(f"batching-{name}")),
+            "batching-forward",
+            (*ways, "--phases", "train-forward", *rows, *plot("batching-forward")),
             MOST_SECONDS,
-        )
-        for name, phase in (
-            ("prefill", "prefill"), ("decode", "decode"), ("forward", "train-forward")
-        )
-    ]  # fmt: skip
+        ),
+    ]
 
     def replay(num_requests: str, rate: str) -> list[Step]:
         """The trace's first requests, arriving `rate` times faster than recorded."""
@@ -188,6 +189,20 @@ def run_step(step: Step, log: Path, limit: float) -> dict[str, Any]:
     }
 
 
+@contextlib.contextmanager
+def ended_by_exception() -> Iterator[None]:
+    """Has SIGTERM raise SystemExit, so that the running step ends with the report, not later."""
+
+    def end(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def last_json(log: Path) -> Any:
     """The JSON object that the last line is; None if it is none."""
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
@@ -250,7 +265,8 @@ def main(args: argparse.Namespace) -> None:
     chosen = [step for step in planned if args.only is None or step.name in args.only]
     if trace is None:
         print(NO_TRACE, flush=True)
-    done = run_all(chosen, args.output, args.budget)
+    with ended_by_exception():
+        done = run_all(chosen, args.output, args.budget)
     device = torch.cuda.get_device_name() if gpu else "cpu"
     short = [{key: step[key] for key in ("name", "result", "seconds")} for step in done]
     used = None if trace is None else str(trace)

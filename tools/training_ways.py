@@ -1,9 +1,10 @@
 """A whole training step in the four ways: forward, chunked cross-entropy, backward, clip, AdamW.
 
-All four are run by minigen's own `Trainer`; "flat" is what `python -m minigen train` runs. A way
-that pads differs from it in the rows that it computes and in how its layers attend, and in nothing
-else: the loss picks the same targets out of the rectangle, so that the head never sees padding.
-(Usual padded training computes the head for padding, too, and is slower still.)
+Or its forward alone, with what the backward needs kept. All four are run by minigen's own
+`Trainer`; "flat" is what `python -m minigen train` runs. A way that pads differs from it in the
+rows that it computes and in how its layers attend, and in nothing else: the loss picks the same
+targets out of the rectangle, so that the head never sees padding. (Usual padded training computes
+the head for padding, too, and is slower still.)
 
 Shape suffixes as in `minigen/trainer.py`, B rows of a rectangle and L its longest sample.
 """
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from minigen.batch import Batch, make_batch
 from minigen.flops import step_flops
-from minigen.measure import synchronize
+from minigen.measure import seconds_of, synchronize
 from minigen.model import Attention, Block, Decoder, packed_layer
 from minigen.trainer import Layer, Schedule, Trainer, TrainingModel
 from tools import padded
@@ -361,12 +362,16 @@ class StepComparison:
             p.grad = None
         return taken
 
-    def measure(self, way: TrainingWay) -> dict[str, Any]:
-        """Time, rates and memory of an update: weights, gradients, AdamW's moments, activations."""
+    def measure(self, way: TrainingWay, phase: str = "train-step") -> dict[str, Any]:
+        """Time, rates and memory of an update, or of its forward alone ("train-forward").
+
+        The memory is that of weights, gradients, AdamW's moments and activations, or of what a
+        forward adds to the weights.
+        """
         real = sum(len(sample) for sample in self.samples)
         row: dict[str, Any] = {
             "way": way.name,
-            "phase": "train-step",
+            "phase": phase,
             "padding": 1 - real / self.rows(way),
             "micro_batches": len(self._batches[way.name]),
             "uncompiled": self._models.uncompiled.get(way.name),
@@ -375,8 +380,9 @@ class StepComparison:
         if way.name not in self.checked:
             return {**row, "error": self.left_out[way.name]}
         release(self.device)
+        timed = self._timed_forward if phase == "train-forward" else self._timed
         try:
-            return {**row, **self._timed(way, real)}
+            return {**row, **timed(way, real)}
         except (RuntimeError, MemoryError) as error:
             reason = reason_to_leave_out(error)
             if reason is None:
@@ -385,6 +391,26 @@ class StepComparison:
             return {**row, "error": reason}
         finally:
             self._drop_gradients()
+
+    def _timed_forward(self, way: TrainingWay, real: int) -> dict[str, Any]:
+        model = self._models.of(way).train()
+        batches = [batch.to(self.device) for batch in self._batches[way.name]]
+
+        def forward() -> Tensor:
+            # Each loss lets go of what its backward would need.
+            losses = [model(*batch).detach() for batch in batches]
+            return torch.stack(losses).sum() / self.num_targets
+
+        loss, _ = self.checked[way.name]
+        self._refuse_disagreement(way, {"loss": abs(float(forward()) - loss) / abs(loss)})
+        extra = extra_memory(forward, self.device)
+        seconds = seconds_of(forward, self.device, self.options.repeats)
+        return {
+            "ms": seconds * 1e3,
+            "repeats": self.options.repeats,
+            "tokens_s": real / seconds,
+            "peak_bytes": extra,
+        }
 
     def _timed(self, way: TrainingWay, real: int) -> dict[str, Any]:
         batches = self._batches[way.name]
