@@ -32,9 +32,9 @@ from minigen.model import Decoder, DecoderConfig, jagged
 from minigen.report import number, table
 from minigen.shapes import SHAPES
 from tests.command_line import ROOT, environment, refuse_in_one_line, run_minigen, run_tool
-from tools import compare_batching, compare_compile_modes, padded
+from tools import compare_batching, compare_compile_modes, padded, scale
 from tools.batching_ways import WAYS, Padded, Way, groups_of, padding_share
-from tools.common import NO_MATPLOTLIB, Plot
+from tools.common import NO_MATPLOTLIB, Plot, tokens_of
 from tools.compare_batching import check_agreement, lengths_of
 
 TINY = SHAPES["tiny"]
@@ -687,6 +687,20 @@ def test_compare_batching(tmp_path: Path) -> None:
     assert padding("one-long", "decode", "flat") == pytest.approx(1 - 70 / 112, abs=1e-5)
     assert all(value < 1e-4 for ways in document["agreement"].values() for value in ways.values())
     check_plot(document, plot)
+
+
+@pytest.mark.parametrize("budget", [12, 13, 16, 64])
+def test_all_decode_in_the_steps_that_are_timed(budget: int) -> None:
+    """Those that begin first have tokens left when the last ones join, whatever the budget."""
+    llm = LLM.from_config(
+        SHAPES["tiny"], compile="eager", device="cpu", max_num_seqs=12, num_cache_blocks=64,
+        max_num_batched_tokens=budget, enable_prefix_caching=False, progress=False,
+    )  # fmt: skip
+    prompts = tokens_of([5] * 12, 512, 0)
+    steps, keys = scale.decode_steps(llm, prompts, 3)
+    assert [(step.prompt_tokens, step.output_tokens) for step in steps] == [(0, 12)] * 3
+    assert len(keys) == 12
+    assert not llm.engine.has_unfinished()
 
 
 def test_scale(tmp_path: Path) -> None:

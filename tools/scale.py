@@ -47,8 +47,9 @@ def room_for(llm: LLM, prompts: Sequence[list[int]], num_steps: int) -> int:
     Raises ValueError where context or cache have no room for them.
     """
     pool, budget = llm.engine.scheduler.pool, llm.engine.scheduler.budget
-    # The first one decodes while the others' prompts are computed.
-    more = -(-sum(map(len, prompts[1:])) // budget) + 2 + num_steps
+    # The first ones decode while the others' prompts are computed, and take of the budget.
+    spare = max(1, budget - len(prompts) + 1)
+    more = -(-sum(map(len, prompts[1:])) // spare) + 2 + num_steps
     longest = max(map(len, prompts)) + more
     if longest > llm.max_model_len:
         raise ValueError(
@@ -288,7 +289,7 @@ def _load(args: argparse.Namespace, config: dict[str, Any] | None, **options: An
     return load_llm(
         args,
         config=config,
-        max_num_batched_tokens=max(2048, seqs),
+        max_num_batched_tokens=max(2048, 4 * seqs),  # so that prompts come in beside the decodes
         enable_prefix_caching=False,
         seed=args.seed,
         **options,
