@@ -5,6 +5,7 @@ import lzma
 import random
 import re
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from minigen import LLM, SamplingParams
 from minigen.data import is_held_out
 from tests.command_line import ROOT, make_model, run_tool
-from tools.chat_recipe import samples
+from tools.chat_recipe import names, samples
 from tools.chat_recipe.__main__ import friendly, main, parser, small_talk
 from tools.chat_recipe.clean import clean, is_foul, is_kind, paragraphs
 from tools.chat_recipe.dialogues import Dialogues, fill, your
@@ -271,3 +272,42 @@ def test_sample_chats_are_what_the_model_says(tmp_path) -> None:
     assert talks[1][3]["content"] == llm.chat(said, params)[0].outputs[0].text
     text = samples.as_markdown(talks[0])
     assert text.startswith("**Hello!**\n\n> ")
+
+
+def test_repeated_names_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that gives back what stood last before it, but forgets where a turn lies between."""
+
+    def chats(_: object, scripts: list[list[str]], params: SamplingParams) -> list[Any]:
+        assert params.temperature == 0
+        talks = []
+        for script in scripts:
+            talk = []
+            for before, turn in zip(["", *script], script, strict=False):
+                talk.append({"role": "user", "content": turn})
+                talk.append({"role": "assistant", "content": f"{before} {turn}".upper()})
+            talks.append(talk)
+        return talks
+
+    monkeypatch.setattr(names, "chats", chats)
+    found = names.count_repeated(cast(LLM, None), 60)
+    assert found == {"at once": [*names.NAMES], "two turns later": [], "a dog's": [*names.NAMES]}
+    # A name that stands in the questions would be found in vain.
+    asked = " ".join(turn for script, _ in names.QUESTIONS.values() for turn in script)
+    assert not set(names.NAMES) & set(re.findall(r"\w+", asked))
+    # A part of a word is no name.
+    monkeypatch.setattr(names, "NAMES", ("Ann",))
+    monkeypatch.setattr(
+        names, "chats", lambda *_: [[{"role": "user", "content": "Anna Ann's"}] * 8]
+    )
+    assert names.count_repeated(cast(LLM, None), 60)["at once"] == ["Ann"]
+    monkeypatch.setattr(names, "chats", lambda *_: [[{"role": "user", "content": "Anna"}] * 8])
+    assert names.count_repeated(cast(LLM, None), 60)["at once"] == []
+
+
+def test_names_as_a_command(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "tiny")
+    done = run_tool("chat_recipe.names", "--model", model, "--max-tokens", 2)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout.splitlines()[-1])
+    assert set(document["repeated"]) == set(names.QUESTIONS)
+    assert document["names"] == 30

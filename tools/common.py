@@ -106,4 +106,7 @@ def bars(axis: Any, groups: list[str], series: dict[str, list[float]], ylabel: s
         axis.bar(at, values, width, label=name)
     axis.set_xticks(range(len(groups)), groups, rotation=15)
     axis.set_ylabel(ylabel)
-    axis.legend()
+    # Above, where it covers no bar.
+    axis.legend(
+        loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, frameon=False, fontsize="small"
+    )

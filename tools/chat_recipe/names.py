@@ -1,13 +1,14 @@
 """`python -m tools.chat_recipe.names --model DIR`: how many of 30 names a model repeats.
 
 Told a name, it should give it back at once, still know it two turns later, and know what the user's
-dog is called. A reply counts if the name is in it, in capitals or not. Some of the names are among
-those that `dialogues.txt` teaches, some are rare and some nobody has. All chats run at once, at
+dog is called. A reply counts if the name is a word of it, in capitals or not. Some of the names are
+among those that `dialogues.txt` teaches, some are rare and some made up. All chats run at once, at
 temperature 0. The last line is one JSON document.
 """
 
 import argparse
 import json
+import re
 
 from minigen import LLM, SamplingParams, cli
 from tools import common
@@ -32,9 +33,11 @@ def count_repeated(llm: LLM, max_tokens: int) -> dict[str, list[str]]:
     found = {}
     for kind, (script, reply) in QUESTIONS.items():
         talks = chats(llm, [[turn.format(name) for turn in script] for name in NAMES], params)
-        replies = [talk[2 * reply + 1]["content"].lower() for talk in talks]
+        replies = [talk[2 * reply + 1]["content"] for talk in talks]
         found[kind] = [
-            name for name, said in zip(NAMES, replies, strict=True) if name.lower() in said
+            name
+            for name, said in zip(NAMES, replies, strict=True)
+            if re.search(rf"\b{name}\b", said, re.IGNORECASE)
         ]
     return found
 
@@ -51,7 +54,9 @@ def main(args: argparse.Namespace) -> None:
     repeated = count_repeated(llm, args.max_tokens)
     for kind, names in repeated.items():
         missed = [name for name in NAMES if name not in names]
-        print(f"{kind}: {len(names)} of {len(NAMES)}; not {', '.join(missed) or 'one missed'}")
+        print(
+            f"{kind}: {len(names)} of {len(NAMES)}" + (f", not {', '.join(missed)}" * bool(missed))
+        )
     counts = {kind: len(names) for kind, names in repeated.items()}
     print(json.dumps({"model": args.model, "names": len(NAMES), "repeated": counts}))
 
