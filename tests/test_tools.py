@@ -501,6 +501,32 @@ def test_a_wrong_way_is_noticed(
     assert calls
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("broken", ["sdpa_decode_layer", "unpadded_decode_layer"])
+def test_what_is_no_number_is_noticed(
+    broken: str, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the last of several results, too."""
+    right = getattr(padded, broken)
+    monkeypatch.setattr(padded, broken, lambda *args: right(*args) * value)
+    with pytest.raises(ValueError, match=r"logits differ by (nan|inf)"):
+        check_agreement(small_decoder("full"), [[1, 2, 3], [4]], torch.tensor([[5, 6]]))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@given(lengths=st.lists(st.integers(1, 40), min_size=2, max_size=6), num_steps=st.integers(1, 9))
+def test_the_padding_of_a_cache_is_that_of_its_memory(
+    way: type[Way], lengths: list[int], num_steps: int
+) -> None:
+    decoder = small_decoder("full")
+    laid = way(decoder, [[1] * n for n in lengths], num_steps, compare_batching.as_it_is)
+    laid.make_cache()
+    config = decoder.config
+    row_bytes = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 4
+    held = sum(lengths) + num_steps * len(lengths)
+    assert laid.padding("decode") == pytest.approx(1 - held * row_bytes / laid.cache_bytes())
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_decoding_can_be_timed_again_and_again(way: type[Way]) -> None:
     """The cache is filled once, without the compiler; each round of steps gives the same logits."""
@@ -682,8 +708,8 @@ def test_compare_batching(tmp_path: Path) -> None:
             assert padding("trace", phase, way) == pytest.approx(1 - 52 / 96, abs=1e-5)
         assert padding("one-long", phase, "grouped") == 0
         assert padding("one-long", phase, "flat") == 0
-    # Two more tokens each: rectangles of 34; blocks of 16 hold 48, 32 and 32 rows.
-    assert padding("one-long", "decode", "padded") == pytest.approx(1 - 70 / 102, abs=1e-5)
+    # Two more tokens each: rectangles of 34 (caches of 40); blocks of 16 hold 48, 32 and 32 rows.
+    assert padding("one-long", "decode", "padded") == pytest.approx(1 - 70 / 120, abs=1e-5)
     assert padding("one-long", "decode", "flat") == pytest.approx(1 - 70 / 112, abs=1e-5)
     assert all(value < 1e-4 for ways in document["agreement"].values() for value in ways.values())
     check_plot(document, plot)

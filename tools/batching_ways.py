@@ -5,6 +5,7 @@ Shape suffixes as in `tools/padded.py`, T packed tokens, S requests, W blocks of
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
@@ -111,8 +112,7 @@ class Padded(Way):
         return padded.sdpa_prefill_layer, padded.sdpa_decode_layer
 
     def _lay_out(self, wrap: Compile) -> None:
-        groups = self.groups()
-        self._group_sizes = groups
+        self._indices = groups = self.groups()
         self._groups = [torch.tensor(group, device=self.device) for group in groups]
         self._order = torch.cat(self._groups).argsort()
         self._batches = [
@@ -125,10 +125,14 @@ class Padded(Way):
     def make_cache(self) -> None:
         self._caches = []
         for batch in self._batches:
-            rows, longest = batch.tokens_BL.shape
-            # A multiple of 8, as the fast kernels want the rows of a mask.
-            capacity = -(-(longest + self.num_steps) // 8) * 8
+            rows, capacity = self._cache_shape(batch)
             self._caches.append(padded.new_cache(self.decoder, rows, capacity))
+
+    def _cache_shape(self, batch: PaddedBatch) -> tuple[int, int]:
+        """(sequences, rows for each)."""
+        # A multiple of 8, as the fast kernels want the rows of a mask.
+        rows, longest = batch.tokens_BL.shape
+        return rows, -(-(longest + self.num_steps) // 8) * 8
 
     def drop_cache(self) -> None:
         self._caches = []
@@ -170,8 +174,10 @@ class Padded(Way):
         return torch.cat(logits)[self._order]
 
     def padding(self, phase: str) -> float:
-        extra = self.num_steps if phase == "decode" else 0
-        return padding_share([length + extra for length in self.lengths], self._group_sizes)
+        if phase != "decode":
+            return padding_share(self.lengths, self._indices)
+        held = sum(length + self.num_steps for length in self.lengths)
+        return 1 - held / sum(math.prod(self._cache_shape(batch)) for batch in self._batches)
 
 
 class Grouped(Padded):
