@@ -45,7 +45,7 @@ def count_repeated(llm: LLM, max_tokens: int) -> dict[str, list[str]]:
 def parser() -> argparse.ArgumentParser:
     made = cli.Parser(prog="python -m tools.chat_recipe.names", description=__doc__)
     made.add_argument("--model", required=True, metavar="DIR", help="the checkpoint")
-    made.add_argument("--max-tokens", type=int, default=60, metavar="N", help="of a reply")
+    made.add_argument("--max-tokens", type=cli.positive, default=60, metavar="N", help="of a reply")
     return made
 
 
@@ -54,9 +54,8 @@ def main(args: argparse.Namespace) -> None:
     repeated = count_repeated(llm, args.max_tokens)
     for kind, names in repeated.items():
         missed = [name for name in NAMES if name not in names]
-        print(
-            f"{kind}: {len(names)} of {len(NAMES)}" + (f", not {', '.join(missed)}" * bool(missed))
-        )
+        without = f", not {', '.join(missed)}" if missed else ""
+        print(f"{kind}: {len(names)} of {len(NAMES)}{without}")
     counts = {kind: len(names) for kind, names in repeated.items()}
     print(json.dumps({"model": args.model, "names": len(NAMES), "repeated": counts}))
 
