@@ -85,10 +85,10 @@ def test_a_step_ends_with_the_budget(module, tmp_path, monkeypatch) -> None:
 
 def test_a_step_ends_with_a_report_that_is_ended(module, tmp_path) -> None:
     child = tmp_path / "child"
+    step = f"report.Step('a', {(module, 'hang', str(child))!r}, 60)"
     script = (
-        "from pathlib import Path; from tools.report import Step, ended_by_exception, run_all\n"
-        f"with ended_by_exception(): run_all([Step('a', {(module, 'hang', str(child))!r}, 60)],"
-        f" Path({str(tmp_path)!r}), 60)"
+        f"from tools import report\nreport.steps = lambda *_: [{step}]\n"
+        f"report.main(report.parser().parse_args(['--output', {str(tmp_path)!r}]))"
     )
     process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT)
     while process.poll() is None and not (child.exists() and child.read_text()):
