@@ -129,7 +129,7 @@ def steps(gpu: bool, shape: str, output: Path, trace: Path | None = None) -> lis
         ),
         Step("fixed", (*bench, "fixed", *on), 300),
         Step("nano", (*bench, "nano", *on), 240),
-        *replay("2000", "10"),  # 55 requests a second for 42 s
+        *replay("2000", "10"),  # 47 requests a second for 42 s
         Step("start", (*bench, "start", *on), 300),
         Step("fixed-8b", (*bench, "fixed", *large, "--output-len", "96"), 300),
         Step("nano-8b", (*bench, "nano", *large), 240),

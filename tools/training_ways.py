@@ -1,10 +1,11 @@
 """A whole training step in the four ways: forward, chunked cross-entropy, backward, clip, AdamW.
 
-Or its forward alone, with what the backward needs kept. All four are run by minigen's own
-`Trainer`; "flat" is what `python -m minigen train` runs. A way that pads differs from it in the
-rows that it computes and in how its layers attend, and in nothing else: the loss picks the same
-targets out of the rectangle, so that the head never sees padding. (Usual padded training computes
-the head for padding, too, and is slower still.)
+Or its forward alone, with what the backward needs kept and the head's gradients, which the chunked
+cross-entropy computes with the loss. All four are run by minigen's own `Trainer`; "flat" is what
+`python -m minigen train` runs. A way that pads differs from it in the rows that it computes and in
+how its layers attend, and in nothing else: the loss picks the same targets out of the rectangle, so
+that the head never sees padding. (Usual padded training computes the head for padding, too, and is
+slower still.)
 
 Shape suffixes as in `minigen/trainer.py`, B rows of a rectangle and L its longest sample.
 """
