@@ -579,8 +579,9 @@ def test_the_check_takes_the_first_of_long_prompts(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(compare_batching, "measure", lambda *_: [])
     monkeypatch.setattr(compare_batching, "CHECKED_LEN", 40)
     monkeypatch.setattr(compare_batching, "CHECKED_SEQS", 3)
+    monkeypatch.setattr(compare_batching, "CHECKED_STEPS", 1)
     compare_small("--compile", "eager", "--lengths", "one-long", "--phases", "prefill", "decode")
-    assert checked == [([40, 16, 16], [2, 3], ["prefill", "decode"])]
+    assert checked == [([40, 16, 16], [1, 3], ["prefill", "decode"])]
 
 
 def compare_small(*arguments: str) -> None:
