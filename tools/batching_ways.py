@@ -144,9 +144,10 @@ class Padded(Way):
         """What all layers of the prefill are given."""
         return ()
 
-    def _keys(self, step: int) -> tuple[Tensor, ...]:
+    def _keys(self, kv_lens_B: Tensor, cache: Cache, step: int) -> tuple[Tensor, ...]:
         """What all layers of a decode step are given besides the number of keys."""
-        return ()
+        k_BKCD, _ = cache[0]
+        return (padded.seen_keys(kv_lens_B, k_BKCD.shape[2], k_BKCD.dtype),)
 
     def _prefill(self, layer: Layer) -> list[Tensor]:
         logits = []
@@ -169,7 +170,8 @@ class Padded(Way):
         for ids_B, batch, cache in zip(self._groups, self._batches, self._caches, strict=True):
             kv_lens_B = batch.lengths_B + step
             inputs = tokens_S[ids_B, None], kv_lens_B[:, None], self._decode_layer, cache
-            x_B1E = padded.hidden_states(self.decoder, *inputs, kv_lens_B, *self._keys(step))
+            keys = self._keys(kv_lens_B, cache, step)
+            x_B1E = padded.hidden_states(self.decoder, *inputs, kv_lens_B, *keys)
             logits.append(self.decoder.logits(self.decoder.norm(x_B1E[:, 0])))
         return torch.cat(logits)[self._order]
 
@@ -204,13 +206,13 @@ class Unpadded(Padded):
             row_T = torch.arange(len(kv_lens)).repeat_interleave(kv_lens)
             ends = torch.cat((torch.zeros(1, dtype=torch.int64), kv_lens.cumsum(0)))
             at_T = torch.arange(len(row_T)) - ends[row_T]
-            keys = (row_T, at_T, ends.int())
+            keys = (row_T, at_T, torch.arange(len(kv_lens) + 1, dtype=torch.int32), ends.int())
             self._real_keys.append(tuple(tensor.to(self.device) for tensor in keys))
 
     def _shared(self, batch: PaddedBatch) -> tuple[Tensor, ...]:
         return batch.real_T, batch.cu_seqlens_S1
 
-    def _keys(self, step: int) -> tuple[Tensor, ...]:
+    def _keys(self, kv_lens_B: Tensor, cache: Cache, step: int) -> tuple[Tensor, ...]:
         return self._real_keys[step]
 
 

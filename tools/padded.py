@@ -191,6 +191,13 @@ def unpadded_prefill_layer(
     return block_output(block, x_BLE, cos_TR, sin_TR, attend)
 
 
+def seen_keys(kv_lens_B: Tensor, capacity: int, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores [B, C] of a decode step: 0 where there is a key, else -inf."""
+    key_C = torch.arange(capacity, device=kv_lens_B.device)
+    bias_BC = torch.zeros(len(kv_lens_B), capacity, dtype=dtype, device=kv_lens_B.device)
+    return bias_BC.masked_fill(key_C[None, :] > kv_lens_B[:, None], float("-inf"))
+
+
 def sdpa_decode_layer(
     block: Block,
     x_B1E: Tensor,
@@ -199,21 +206,22 @@ def sdpa_decode_layer(
     k_BKCD: Tensor,
     v_BKCD: Tensor,
     kv_lens_B: Tensor,
+    bias_BC: Tensor,
 ) -> Tensor:
     """The block over one more token a row; kv_lens_B counts the keys before it."""
 
     def attend(layer: Attention, q_B1HD: Tensor, k_B1KD: Tensor, v_B1KD: Tensor) -> Tensor:
         _append(k_BKCD, v_BKCD, kv_lens_B, k_B1KD, v_B1KD)
-        key_C = torch.arange(k_BKCD.shape[2], device=kv_lens_B.device)
-        seen_BC = key_C[None, :] <= kv_lens_B[:, None]
-        left = layer.window_size[0]
+        mask_BC, left = bias_BC, layer.window_size[0]
         if left >= 0:
-            seen_BC &= key_C[None, :] >= kv_lens_B[:, None] - left
+            key_C = torch.arange(k_BKCD.shape[2], device=kv_lens_B.device)
+            gone_BC = key_C[None, :] < kv_lens_B[:, None] - left
+            mask_BC = bias_BC.masked_fill(gone_BC, float("-inf"))
         # The queries that share a key head as rows of one: torch has no fast kernel that takes
         # both a mask and fewer key heads.
         q_BKGD = q_B1HD[:, 0].unflatten(1, (k_BKCD.shape[1], -1))
         out_BKGD = F.scaled_dot_product_attention(
-            q_BKGD, k_BKCD, v_BKCD, attn_mask=seen_BC[:, None, None],
+            q_BKGD, k_BKCD, v_BKCD, attn_mask=mask_BC[:, None, None],
             scale=layer.config.attention_scale,
         )  # fmt: skip
         return out_BKGD.flatten(1, 2)[:, None]
@@ -231,18 +239,18 @@ def unpadded_decode_layer(
     kv_lens_B: Tensor,
     key_row_T: Tensor,
     key_at_T: Tensor,
+    cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
 ) -> Tensor:
     """The same, gathering the real keys of its padded cache.
 
     key_row_T, key_at_T, cu_seqlens_k: where they lie in B and C, the new token's included.
+    cu_seqlens_q: 0 to B.
     """
 
     def attend(layer: Attention, q_B1HD: Tensor, k_B1KD: Tensor, v_B1KD: Tensor) -> Tensor:
         _append(k_BKCD, v_BKCD, kv_lens_B, k_B1KD, v_B1KD)
         k_TKD, v_TKD = (x_BKCD[key_row_T, :, key_at_T] for x_BKCD in (k_BKCD, v_BKCD))
-        rows = len(kv_lens_B) + 1
-        cu_seqlens_q = torch.arange(rows, dtype=torch.int32, device=kv_lens_B.device)
         out_BHD, _ = varlen_attention(
             q_B1HD[:, 0], k_TKD, v_TKD, cu_seqlens_q, cu_seqlens_k,
             scale=layer.config.attention_scale, window_size=layer.window_size,
