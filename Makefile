@@ -35,7 +35,10 @@ check: $(VENV)/.test $(VENV)/.check ## format, lint and types
 
 # A test's tensors are small: threads would wait for each other longer than they compute.
 TEST_WORKERS ?= 2
-TEST := OMP_NUM_THREADS=1 $(PY) -m pytest -m "not gpu" -n $(TEST_WORKERS)
+# One compile thread: more are a process that imports torch again, beside each that compiles, and on
+# a CPU have nothing to do. `worksteal` gives each worker whole files, whose fixtures it makes once.
+TEST := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 \
+	$(PY) -m pytest -m "not gpu" -n $(TEST_WORKERS) --dist worksteal
 
 test: $(VENV)/.test ## the tests that need no GPU [ARGS="-k word"] [TEST_WORKERS=2]
 	HYPOTHESIS_PROFILE=ci $(TEST) $(ARGS)

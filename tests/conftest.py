@@ -70,6 +70,24 @@ def torchs_kernels() -> Iterator[None]:
         native.unload()
 
 
+@pytest.fixture
+def cold_compiler() -> Iterator[None]:
+    """Neither this process's compilations nor those that earlier runs left on disk.
+
+    AOTAutograd's cache (torch 2.13) tells apart neither inputs that share storage from inputs that
+    do not, nor ranges of dynamic dimensions: a hit may bring the wrong program. What the C++
+    compiler makes of the same generated code is kept: in an empty directory torch would try this
+    processor's vectors again, too (12 s).
+    """
+    import torch
+    from torch._functorch import config as functorch
+    from torch._inductor import config as inductor
+
+    torch._dynamo.reset()
+    with inductor.patch(fx_graph_cache=False), functorch.patch(enable_autograd_cache=False):
+        yield
+
+
 @pytest.fixture(scope="session", autouse=True)
 def loaded_once() -> Iterator[None]:
     """No module of `kernels/` or `weights/` under a second name: its ops would register twice.

@@ -796,7 +796,9 @@ def test_story_at_a_terminal(user):
 
 
 @pytest.mark.slow
-def test_compiled_step_takes_over(model, user):
+def test_compiled_step_takes_over(model, user, monkeypatch):
+    # As for a user, whose torch starts processes to compile in.
+    monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS", raising=False)
     someone = user("--model", model, "--device", "cpu", "--max-tokens", "8", "--ignore-eos")
     begin = time.monotonic()
     someone.sees_prompt()

@@ -200,12 +200,15 @@ def run_main(capsys, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> tup
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_compare_logprobs(dtype: str, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
-    code, printed = run_main(capsys, monkeypatch, "--shape", "tiny", *FEW, "--dtype", dtype)
+    # Alone, a step a token: all of them once.
+    alone = () if dtype == "float32" else ("--alone", 3)
+    arguments = ("--shape", "tiny", *FEW, "--dtype", dtype, *alone)
+    code, printed = run_main(capsys, monkeypatch, *arguments)
     assert code == 0, printed.err
     document = last_line(printed.out)
     check_document(document)
     assert document["dtype"] == dtype
-    assert document["alone"]["requests"] == document["requests"]
+    assert document["alone"]["requests"] == (3 if alone else document["requests"])
     largest = document["differences"]["mixed batch - training"]["largest"]
     if dtype == "float32":  # some roundings of a number of about 6
         assert largest < 20 * EPS32
@@ -235,7 +238,8 @@ def test_a_shifted_target_fails(dtype: str, capsys, monkeypatch: pytest.MonkeyPa
         return batch._replace(rows_R=(batch.rows_R - 1).clamp(min=0))
 
     monkeypatch.setattr(compare_logprobs, "make_batch", shifted)
-    code, printed = run_main(capsys, monkeypatch, "--shape", "tiny", *FEW, "--dtype", dtype)
+    arguments = ("--shape", "tiny", *FEW, "--alone", 1, "--dtype", dtype)
+    code, printed = run_main(capsys, monkeypatch, *arguments)
     assert code == 1
     document = last_line(printed.out)
     assert not document["agrees"]
@@ -247,7 +251,7 @@ def test_a_shifted_target_fails(dtype: str, capsys, monkeypatch: pytest.MonkeyPa
 @pytest.mark.slow
 def test_compiled(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.compiler.reset()
-    arguments = [*FEW, "--compile", "default", "--dtype", "bfloat16"]
+    arguments = [*FEW, "--alone", 3, "--compile", "default", "--dtype", "bfloat16"]
     code, printed = run_main(capsys, monkeypatch, "--shape", "tiny", *arguments)
     assert code == 0, printed.err
     document = last_line(printed.out)

@@ -1388,13 +1388,11 @@ def test_every_setting_compiles(max_num_seqs: int, budget: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("cold_compiler")  # code must be generated to be read
 @pytest.mark.parametrize("kernels", ["torch", "native"])
-def test_the_compiled_step_copies_no_cache(monkeypatch, tmp_path, kernels: str) -> None:
+def test_the_compiled_step_copies_no_cache(kernels: str) -> None:
     if kernels == "native":
         native.load()
-    monkeypatch.setenv(
-        "TORCHINDUCTOR_CACHE_DIR", str(tmp_path)
-    )  # code must be generated to be read
     from torch._inductor.utils import run_and_get_code
 
     runner = Runner(
@@ -1402,7 +1400,6 @@ def test_the_compiled_step_copies_no_cache(monkeypatch, tmp_path, kernels: str) 
     )
     step = runner._null_step(StepSize(num_tokens=11, num_seqs=5, num_rows=3, width=7))
     runner._mark(step)
-    torch._dynamo.reset()
     with torch.inference_mode():
         compiled = torch.compile(runner._hidden_step, fullgraph=True)
         _, sources = run_and_get_code(compiled, *runner._hidden_inputs(step))

@@ -439,17 +439,6 @@ def step_arguments(lengths: tuple[int, ...], seed: int) -> tuple[Tensor, ...]:
     )
 
 
-@pytest.fixture
-def cold_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Neither this process's compilations nor those that earlier runs left on disk.
-
-    AOTAutograd's cache (torch 2.13) tells apart neither inputs that share storage from inputs that
-    do not, nor ranges of dynamic dimensions: a hit may bring the wrong program.
-    """
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    torch._dynamo.reset()
-
-
 @pytest.mark.usefixtures("cold_compiler")
 def test_one_compilation_for_every_mix_of_lengths() -> None:
     counter = CompileCounterWithBackend("inductor")

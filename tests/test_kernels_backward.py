@@ -315,12 +315,9 @@ def training_loss(
 
 
 @pytest.mark.slow
-def test_compiled_training_step_equals_eager(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+@pytest.mark.usefixtures("cold_compiler")
+def test_compiled_training_step_equals_eager() -> None:
     """The jagged tensor is built inside the graph; every mix of lengths runs one of two graphs."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    torch._dynamo.reset()
     decoder = tiny_decoder()
     counter = CompileCounterWithBackend("inductor")
     compiled = torch.compile(training_loss, backend=counter, fullgraph=True)
