@@ -11,8 +11,8 @@ from tokenizers import Tokenizer as Backend
 
 from minigen.weights.assistant_turns import assistant_turns, mask_of_spans
 from minigen.weights.chat_template import ChatTemplates
-from minigen.weights.checkpoint import read_json
 from minigen.weights.errors import CheckpointError
+from minigen.weights.json_file import read_json
 from minigen.weights.lookalikes import Encoded, LookalikeGuard
 
 _SPECIAL_NAMES = tuple(
@@ -37,6 +37,7 @@ class Tokenizer:
         templates: ChatTemplates,
         add_bos_token: bool | None = None,
     ):
+        self._made_of = (backend, dict(special_tokens), templates, add_bos_token)
         self._backend = backend
         self._templates = templates
         self._add_bos_token = add_bos_token
@@ -72,6 +73,9 @@ class Tokenizer:
         _add_missing_tokens(backend, config, special_tokens.values())
         templates = ChatTemplates.from_dir(path, config, special_tokens)
         return cls(backend, special_tokens, templates, config.get("add_bos_token"))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Tokenizer, self._made_of  # for processes that tokenize
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; by default with the BOS that the checkpoint asks for, never two.
