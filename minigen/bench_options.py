@@ -115,7 +115,7 @@ def model_config(args: argparse.Namespace) -> dict[str, Any] | None:
             raise ValueError(f"--shape {args.shape!r} is unknown: use one of {', '.join(SHAPES)}")
         return dict(SHAPES[args.shape])
     if args.config is not None:
-        from minigen.weights.checkpoint import read_json
+        from minigen.weights.json_file import read_json
 
         return read_json(Path(args.config))
     return None

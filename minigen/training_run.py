@@ -26,13 +26,14 @@ import torch
 
 from minigen import cli
 from minigen.batch import Corpus
-from minigen.data import Samples, Settings, Source, fingerprint, load_samples, read_samples
+from minigen.data import Samples, Source, fingerprint, load_samples, read_samples
 from minigen.data import save_samples as keep_samples
 from minigen.flops import step_flops
 from minigen.greedy import continue_greedily
 from minigen.model import DTYPES, Decoder
 from minigen.packing import Step, pack, plan, stream
 from minigen.report import bar
+from minigen.tokenizing import Settings
 from minigen.trainer import INIT_STD, Ranks, Schedule, Trainer, TrainingModel, initialise
 from minigen.training_log import Clock, Report, plot
 from minigen.training_start import read_start

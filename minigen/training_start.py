@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from minigen.model import DecoderConfig
-from minigen.weights.checkpoint import read_config, read_generation_config, read_json
+from minigen.weights.checkpoint import read_config, read_generation_config
 from minigen.weights.hub import resolve_model
+from minigen.weights.json_file import read_json
 from minigen.weights.tokenizer import Tokenizer
 
 

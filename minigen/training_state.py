@@ -20,8 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from minigen.trainer import Trainer
-from minigen.weights.checkpoint import read_json
 from minigen.weights.errors import CheckpointError
+from minigen.weights.json_file import read_json
 from minigen.weights.save import write_json
 
 FOLDER, TENSORS, STATE = "training", "state.safetensors", "state.json"

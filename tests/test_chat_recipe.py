@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minigen import LLM, SamplingParams
-from minigen.data import is_held_out
+from minigen.tokenizing import is_held_out
 from tests.command_line import ROOT, make_model, run_tool
 from tools.chat_recipe import names, samples
 from tools.chat_recipe.__main__ import friendly, main, parser, small_talk

@@ -3,6 +3,7 @@
 import json
 import lzma
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Sequence
@@ -514,6 +515,25 @@ def test_renders_as_transformers_does(
             load(name).chat_tokens(messages, prompt, tools, template)
         return
     assert load(name).chat_tokens(messages, prompt, tools, template) == list(expected)
+
+
+@pytest.mark.parametrize("name", [*BUILT, *REAL])
+@settings(max_examples=10, deadline=None)
+@given(texts=st.lists(st.text(max_size=10), min_size=2, max_size=2))
+def test_another_process_gets_the_same_tokenizer(name, load, texts):
+    tokenizer = load(name)
+    copy = pickle.loads(pickle.dumps(tokenizer))
+    text = "".join([*sorted(controls(tokenizer))[:5], "word    th 12 "]).join(texts)
+    assert copy.encode(text) == tokenizer.encode(text)
+    template = None if name in BUILT else sorted(tokenizer._templates.sources)[0]
+    messages = [{"role": "user", "content": text}]
+    tokens = tokenizer.chat_tokens(messages, template_name=template)
+    assert copy.chat_tokens(messages, template_name=template) == tokens
+    assert copy.vocab_size == tokenizer.vocab_size
+    assert (copy.bos_token_id, copy.eos_token_id) == (
+        tokenizer.bos_token_id,
+        tokenizer.eos_token_id,
+    )
 
 
 # Text that looks like a control token

@@ -18,8 +18,9 @@ import torch
 
 from minigen import LLM, SamplingParams, train, training_log
 from minigen.__main__ import _parser, main
-from minigen.data import Settings, read_samples
+from minigen.data import read_samples
 from minigen.model import Decoder, jagged
+from minigen.tokenizing import Settings
 from minigen.training_log import read_table
 from minigen.weights.save import atomic_directory
 from minigen.weights.tokenizer import Tokenizer

@@ -13,16 +13,15 @@ from hypothesis import strategies as st
 
 from minigen.batch import Corpus, make_batch
 from minigen.data import (
-    Settings,
     Source,
     fingerprint,
-    is_held_out,
     load_samples,
     read_jsonl,
     read_samples,
     save_samples,
 )
 from minigen.model import DecoderConfig
+from minigen.tokenizing import Settings, is_held_out
 from minigen.weights.tokenizer import Tokenizer
 from tests.training_cases import HF, conversations, make_inputs, texts, write_jsonl
 

@@ -1,7 +1,10 @@
 """Which characters of a rendered conversation the assistant writes."""
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
+
+_NO_SPAN = (sys.maxsize, sys.maxsize)
 
 
 class Turn(NamedTuple):
@@ -36,7 +39,9 @@ def assistant_turns(
             continue
         if turns and not turns[-1].exact:
             turns[-1] = turns[-1]._replace(end=len(before))
-        through = _rendered(render, messages[: i + 1], False) or ""
+        # All messages, rendered anew, would give the text once more.
+        whole = i + 1 == len(messages)
+        through = text if whole else _rendered(render, messages[: i + 1], False) or ""
         # A template may close the text (`<|endoftext|>`) where the conversation would go on.
         common = len(through)
         if not text.startswith(through):
@@ -64,11 +69,10 @@ def mask_of_spans(
     """For each token whether its characters lie in one of the spans; both are in order."""
     mask = [False] * len(offsets)
     remaining = iter(spans)
-    span = next(remaining, None)
+    first, last = next(remaining, _NO_SPAN)
     for i, (begin, end) in enumerate(offsets):
-        while span is not None and begin >= span[1]:
-            span = next(remaining, None)
-        if span is None:
-            break
-        mask[i] = span[0] <= begin and end <= span[1]
+        while begin >= last:
+            first, last = next(remaining, _NO_SPAN)
+        if first <= begin and end <= last:
+            mask[i] = True
     return mask

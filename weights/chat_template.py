@@ -131,11 +131,17 @@ class ChatTemplates:
             )
         return spans
 
+    def _compile(self, name: str) -> jinja2.Template:
+        template = self._environment.from_string(self.sources[name])
+        # jinja2 chains two dicts and goes over both, slowly, at each rendering.
+        template.globals = dict(template.globals)
+        return template
+
     def render(self, name: str, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
         """The conversation as one text; ValueError with the template's own reason if it fails."""
         try:
             if name not in self._compiled:
-                self._compiled[name] = self._environment.from_string(self.sources[name])
+                self._compiled[name] = self._compile(name)
             return self._compiled[name].render(
                 messages=messages, **{**self._variables, **variables}
             )

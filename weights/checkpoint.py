@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 from minigen.weights.errors import CheckpointError
+from minigen.weights.json_file import LFS_MAGIC, lfs_sentence, read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -35,7 +36,6 @@ _ITEM_BYTES = {
 _COMPUTED_BUFFER = re.compile(r"(^|\.)(inv_freq|position_ids|masked_bias|attn\.bias)$")
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 _CHUNK_BYTES = 16 << 20  # the share of a file that is resident while it is copied
-_LFS_MAGIC = b"version https://git-lfs"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -170,23 +170,6 @@ def read_generation_config(path: str | Path) -> dict[str, Any]:
     return generation_config
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; CheckpointError names a file that is absent or holds no object."""
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from None
-    if content.startswith(_LFS_MAGIC):
-        raise CheckpointError(_lfs_sentence(file))
-    try:
-        value = json.loads(content.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file} holds a JSON {type(value).__name__}, not an object")
-    return value
-
-
 def _warn_outside_vocabulary(file: Path, config: dict[str, Any], vocab_size: object) -> None:
     if not isinstance(vocab_size, int):
         return
@@ -240,9 +223,9 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
-            start = stream.read(len(_LFS_MAGIC))
-            if start == _LFS_MAGIC:
-                raise CheckpointError(_lfs_sentence(file))
+            start = stream.read(len(LFS_MAGIC))
+            if start == LFS_MAGIC:
+                raise CheckpointError(lfs_sentence(file))
             if len(start) < 8:
                 raise CheckpointError(f"{file} is truncated: {size} bytes cannot hold a header")
             (header_bytes,) = struct.unpack("<Q", start[:8])
@@ -406,7 +389,3 @@ def _pickle_sentence(path: Path, name: str) -> str:
         f"{path} holds its weights in {name}, a pickle file, which minigen never opens because it "
         "can run code: convert it to safetensors first"
     )
-
-
-def _lfs_sentence(file: Path) -> str:
-    return f"{file} is a git-lfs pointer, not the file itself: run `git lfs pull` in its directory"

@@ -12,7 +12,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 from tokenizers import Encoding
@@ -23,6 +23,8 @@ _PRIVATE_USE = range(0xE000, 0xF900)
 _REPLY_MARKUP = re.compile(r"</?[a-z_]+>")
 # Not text that a user wrote: templates compare them.
 _STRUCTURAL_KEYS = ("role", "type")
+# Characters that a guard remembers as edges or none: conversations share theirs.
+_REMEMBERED = 1 << 14
 
 
 class Veil:
@@ -35,32 +37,22 @@ class Veil:
             for code in _PRIVATE_USE
             if chr(code) not in taken and _escaped(chr(code)) not in taken
         )
-        self._stand_in: dict[str, str] = {}
-        self._original: dict[str, str] = {}
-        self._edges: dict[str, bool] = {}
+        self._stand_ins: dict[int, str] = {}  # by the code point that each stands for
 
     def __bool__(self) -> bool:
-        return bool(self._stand_in)
+        return bool(self._stand_ins)
 
     def cover(self, text: str) -> str:
-        return "".join(self._cover(character) for character in text)
+        for character in dict.fromkeys(text):
+            if ord(character) not in self._stand_ins and self._is_edge(character):
+                self._stand_ins[ord(character)] = next(self._free)
+        return text.translate(self._stand_ins)
 
     def lift(self, text: str) -> str:
         """The text with the characters back, also where JSON has escaped their stand-ins."""
-        for stand_in, character in self._original.items():
-            text = text.replace(_escaped(stand_in), character).replace(stand_in, character)
+        for code, stand_in in self._stand_ins.items():
+            text = text.replace(_escaped(stand_in), chr(code)).replace(stand_in, chr(code))
         return text
-
-    def _cover(self, character: str) -> str:
-        if character not in self._edges:
-            self._edges[character] = self._is_edge(character)
-        if not self._edges[character]:
-            return character
-        if character not in self._stand_in:
-            stand_in = next(self._free)
-            self._stand_in[character] = stand_in
-            self._original[stand_in] = character
-        return self._stand_in[character]
 
 
 class Encoded(NamedTuple):
@@ -94,6 +86,7 @@ class LookalikeGuard:
         self._control = {added[token_id].content for token_id in self._control_ids}
         edges = {text.strip()[side] for text in self._control for side in (0, -1)}
         self._edges = edges | {edge.swapcase() for edge in edges}
+        self._is_edge = lru_cache(_REMEMBERED)(self._has_edge_form)
         # Longest first, as the tokenizer matches.
         alternatives = "|".join(re.escape(t) for t in sorted(self._control, key=len, reverse=True))
         self._control_pattern = re.compile(alternatives or r"(?!)")
@@ -112,12 +105,15 @@ class LookalikeGuard:
         conversation without lookalikes gives exactly the ids of encoding its rendered text.
         """
         text = render(messages, tools)
-        strings = list(_strings([messages, tools]))
-        veil = Veil(self._is_edge, taken + text + "".join(strings))
-        veiled_messages = [self._veil_message(veil, message) for message in messages]
-        veiled_tools = _map_strings(lambda s: self._cover_control(veil, s), tools)
         encoding = self._backend.encode(text, add_special_tokens=False)
         plain = Encoded(encoding.ids, encoding.offsets, text, messages)
+        written = "".join(_strings([messages, tools]))
+        # Where no character is an edge none is covered. A conversation has few different ones.
+        if not any(map(self._is_edge, set(written))):
+            return plain
+        veil = Veil(self._is_edge, taken + text + written)
+        veiled_messages = [self._veil_message(veil, message) for message in messages]
+        veiled_tools = _map_strings(lambda s: self._cover_control(veil, s), tools)
         if not veil:
             return plain
         veiled_text = render(veiled_messages, veiled_tools)
@@ -174,7 +170,7 @@ class LookalikeGuard:
             self._plain[at_start] = _Plain(self._backend, self._control, at_start)
         return self._plain[at_start]
 
-    def _is_edge(self, character: str) -> bool:
+    def _has_edge_form(self, character: str) -> bool:
         # A normaliser may turn a full-width bracket into the plain one, or a struck one into two.
         forms = character + "".join(unicodedata.normalize(f, character) for f in ("NFKC", "NFKD"))
         return not self._edges.isdisjoint(forms)

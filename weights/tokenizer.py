@@ -11,8 +11,8 @@ from tokenizers import Tokenizer as Backend
 
 from minigen.weights.assistant_turns import assistant_turns, mask_of_spans
 from minigen.weights.chat_template import ChatTemplates
-from minigen.weights.checkpoint import read_json
 from minigen.weights.errors import CheckpointError
+from minigen.weights.json_file import read_json
 from minigen.weights.lookalikes import Encoded, LookalikeGuard
 
 _SPECIAL_NAMES = tuple(
@@ -37,6 +37,7 @@ class Tokenizer:
         templates: ChatTemplates,
         add_bos_token: bool | None = None,
     ):
+        self.directory: Path | None = None  # that it was read from
         self._backend = backend
         self._templates = templates
         self._add_bos_token = add_bos_token
@@ -71,7 +72,15 @@ class Tokenizer:
         special_tokens = _special_tokens(_optional_json(path / "special_tokens_map.json"), config)
         _add_missing_tokens(backend, config, special_tokens.values())
         templates = ChatTemplates.from_dir(path, config, special_tokens)
-        return cls(backend, special_tokens, templates, config.get("add_bos_token"))
+        made = cls(backend, special_tokens, templates, config.get("add_bos_token"))
+        made.directory = path.resolve()
+        return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For processes that tokenize: they read the same files."""
+        if self.directory is None:
+            raise TypeError("a tokenizer that was not read from files is of this process alone")
+        return _read_again, (self.directory,)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; by default with the BOS that the checkpoint asks for, never two.
@@ -196,6 +205,15 @@ class Tokenizer:
         if token_id is None:
             warnings.warn(f"{name} {token!r} is not in the tokenizer's vocabulary", stacklevel=3)
         return token_id
+
+
+def _read_again(directory: Path) -> Tokenizer:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the first process has said it
+        found = Tokenizer.from_dir(directory)
+    if found is None:
+        raise CheckpointError(f"{directory / 'tokenizer.json'} is no longer there")
+    return found
 
 
 class DecodeStream:

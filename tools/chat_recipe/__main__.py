@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from minigen import cli
-from minigen.data import is_held_out
+from minigen.tokenizing import is_held_out
 from tools import common
 from tools.chat_recipe.clean import is_kind
 from tools.chat_recipe.dialogues import Dialogues
