@@ -85,21 +85,23 @@ class Samples:
         return total_T1[self.starts_N1].diff()
 
 
-def read_jsonl(
-    path: Path, read: Callable[[int], object] = lambda _: None
-) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, object) of each line that is not empty; `.xz` files are unpacked.
-
-    `read` hears of the file's bytes as they are taken: how many since the last time.
 
     Raises ValueError naming file and line, OSError if the file cannot be read.
     """
-    for number, line in enumerate(_read_lines(path, read), start=1):
+    for number, line in enumerate(read_lines(path), start=1):
         if line.strip():
             yield number, parse_line(path, number, line)
 
 
-def _read_lines(path: Path, read: Callable[[int], object]) -> Iterator[bytes]:
+def read_lines(path: Path, read: Callable[[int], object] = lambda _: None) -> Iterator[bytes]:
+    """Each line of a file, unpacked if it is `.xz`.
+
+    `read` hears of the file's bytes as they are taken: how many since the last time.
+
+    Raises ValueError for a torn `.xz` file, OSError if the file cannot be read.
+    """
     with path.open("rb") as file, lzma.open(file) if path.suffix == ".xz" else file as stream:
         lines, taken = iter(stream), 0
         while True:
@@ -132,7 +134,7 @@ def _read_chunks(path: Path) -> Iterator[_Chunk]:
         taken += new
 
     try:
-        for line in _read_lines(path, count):
+        for line in read_lines(path, count):
             lines.append(line)
             size += len(line)
             if size >= CHUNK_BYTES:
@@ -150,7 +152,7 @@ def read_samples(
     read: Callable[[int], object] = lambda _: None,
     processes: int | None = None,
 ) -> Samples:
-    """Reads, tokenizes and cuts the samples of one file; `read` as for `read_jsonl`.
+    """Reads, tokenizes and cuts the samples of one file; `read` as for `read_lines`.
 
     `processes` tokenize: by default one for each core if the file is large, else this one alone.
     More than one read the tokenizer's files, too.

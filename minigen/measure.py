@@ -77,6 +77,11 @@ def synchronize(device: torch.device) -> None:
 def seconds_of(function: Callable[[], Any], device: torch.device, repeats: int = 5) -> float:
     """Median time of a call, the device waited for, after one call that does not count."""
     function()
+    return median(spans_of(function, device, repeats))
+
+
+def spans_of(function: Callable[[], Any], device: torch.device, repeats: int) -> list[float]:
+    """Seconds of each of `repeats` calls, the device waited for."""
     spans = []
     for _ in range(repeats):
         synchronize(device)
@@ -84,7 +89,7 @@ def seconds_of(function: Callable[[], Any], device: torch.device, repeats: int =
         function()
         synchronize(device)
         spans.append(time.perf_counter() - start)
-    return median(spans)
+    return spans
 
 
 @torch.inference_mode()

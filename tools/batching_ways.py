@@ -94,9 +94,23 @@ class Way(ABC):
     def decode(self, tokens_S: Tensor, step: int) -> Tensor:
         """fp32 logits [S, V] after one token more; `step` counts from 0."""
 
-    @abstractmethod
+    def _logits(self, x_RE: Tensor) -> Tensor:
+        """fp32 logits [R, V] of rows that the last layer gave."""
+        return self.decoder.logits(self.decoder.norm(x_RE))
+
     def padding(self, phase: str) -> float:
         """Share of rows that are padding (decode: of the cache, at its end)."""
+        if phase != "decode":
+            return self._prefill_padding()
+        held = sum(length + self.num_steps for length in self.lengths)
+        return 1 - held / self._cache_rows()
+
+    @abstractmethod
+    def _prefill_padding(self) -> float: ...
+
+    @abstractmethod
+    def _cache_rows(self) -> int:
+        """Tokens that the cache has memory for."""
 
 
 class Padded(Way):
@@ -155,8 +169,7 @@ class Padded(Way):
             inputs = batch.tokens_BL, batch.positions_BL, layer, cache
             x_BLE = padded.hidden_states(self.decoder, *inputs, *self._shared(batch))
             row_B = torch.arange(len(batch.lengths_B), device=self.device)
-            last_BE = x_BLE[row_B, batch.lengths_B - 1]
-            logits.append(self.decoder.logits(self.decoder.norm(last_BE)))
+            logits.append(self._logits(x_BLE[row_B, batch.lengths_B - 1]))
         return logits
 
     def prefill(self) -> Tensor:
@@ -172,14 +185,14 @@ class Padded(Way):
             inputs = tokens_S[ids_B, None], kv_lens_B[:, None], self._decode_layer, cache
             keys = self._keys(kv_lens_B, cache, step)
             x_B1E = padded.hidden_states(self.decoder, *inputs, kv_lens_B, *keys)
-            logits.append(self.decoder.logits(self.decoder.norm(x_B1E[:, 0])))
+            logits.append(self._logits(x_B1E[:, 0]))
         return torch.cat(logits)[self._order]
 
-    def padding(self, phase: str) -> float:
-        if phase != "decode":
-            return padding_share(self.lengths, self._indices)
-        held = sum(length + self.num_steps for length in self.lengths)
-        return 1 - held / sum(math.prod(self._cache_shape(batch)) for batch in self._batches)
+    def _prefill_padding(self) -> float:
+        return padding_share(self.lengths, self._indices)
+
+    def _cache_rows(self) -> int:
+        return sum(math.prod(self._cache_shape(batch)) for batch in self._batches)
 
 
 class Grouped(Padded):
@@ -272,7 +285,7 @@ class Flat(Way):
     def _prefill(self, layer: Layer) -> Tensor:
         kv = PagedKV(self._caches, self._slots_T, self._lengths_S.int(), self._table_SW)
         x_TE = self._rows(layer, self._tokens_T, self._positions_T, self._cu_seqlens_S1, kv)
-        return self.decoder.logits(self.decoder.norm(x_TE[self._last_S]))
+        return self._logits(x_TE[self._last_S])
 
     def prefill(self) -> Tensor:
         return self._prefill(self._layer)
@@ -285,14 +298,13 @@ class Flat(Way):
         block_S = self._table_SW.gather(1, (kv_lens_S // BLOCK_SIZE)[:, None])[:, 0].long()
         slots_S = block_S * BLOCK_SIZE + kv_lens_S % BLOCK_SIZE
         kv = PagedKV(self._caches, slots_S, (kv_lens_S + 1).int(), self._table_SW)
-        x_SE = self._rows(self._layer, tokens_S, kv_lens_S, self._cu_decode_S1, kv)
-        return self.decoder.logits(self.decoder.norm(x_SE))
+        return self._logits(self._rows(self._layer, tokens_S, kv_lens_S, self._cu_decode_S1, kv))
 
-    def padding(self, phase: str) -> float:
-        if phase != "decode":
-            return 0.0
-        held = sum(length + self.num_steps for length in self.lengths)
-        return 1 - held / (self._num_blocks * BLOCK_SIZE)
+    def _prefill_padding(self) -> float:
+        return 0.0
+
+    def _cache_rows(self) -> int:
+        return self._num_blocks * BLOCK_SIZE
 
 
 WAYS: tuple[type[Way], ...] = (Padded, Grouped, Unpadded, Flat)

@@ -31,7 +31,6 @@ import argparse
 import math
 import random
 import sys
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -43,7 +42,7 @@ from minigen.bench_options import model_dtype
 from minigen.cli import positive
 from minigen.flops import peak_flops_of
 from minigen.llm import device_of
-from minigen.measure import environment, percentile, seconds_of, synchronize
+from minigen.measure import environment, percentile, seconds_of, spans_of
 from minigen.model import Decoder, DecoderConfig
 from minigen.report import bar, print_document, table
 from minigen.runner import MOST_COMPILATIONS
@@ -206,14 +205,7 @@ def measure(
 
         peak = way.cache_bytes() + extra_memory(last_step, device)
         # The last step again and again writes the same keys into the same places.
-        step = replayed(last_step, device)
-        spans: list[float] = []
-        for _ in range(repeats * len(steps_NS)):
-            synchronize(device)
-            start = time.perf_counter()
-            step()
-            synchronize(device)
-            spans.append(time.perf_counter() - start)
+        spans = spans_of(replayed(last_step, device), device, repeats * len(steps_NS))
         seconds = percentile(spans, 50)
         return {
             "ms": seconds * 1e3,

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from minigen.batch import Batch, make_batch
 from minigen.flops import step_flops
-from minigen.measure import seconds_of, synchronize
+from minigen.measure import seconds_of, spans_of, synchronize
 from minigen.model import Attention, Block, Decoder, packed_layer
 from minigen.trainer import Layer, Schedule, Trainer, TrainingModel
 from tools import padded
@@ -430,12 +430,7 @@ class StepComparison:
         spans: list[float] = []
 
         def timed() -> None:
-            for _ in range(repeats):
-                synchronize(self.device)
-                start = time.perf_counter()
-                update()
-                synchronize(self.device)
-                spans.append(time.perf_counter() - start)
+            spans.extend(spans_of(update, self.device, repeats))
 
         extra = extra_memory(timed, self.device)
         seconds = median(spans)
