@@ -29,10 +29,10 @@ _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 # and 16 rows, cuBLAS's products with Inductor's kernels 33, 37, 31 and 31. With a second tile of
 # rows at 24 it is 35 and 32 (H200).
 MAX_ROWS = 16
-# The least and most rows of `tiled_layer`. A whole layer of Qwen3-0.6B takes it 23.4, 23.4 and 25.1
-# us at 2, 4 and 8 rows, `few_rows_layer` 23.1, 29.1 and 32.1; of Llama-3.1-8B 124 at 2 rows for 163
-# (H200).
-TILED_ROWS = (3, 256)
+# The least and most rows of `tiled_layer`. A whole layer of Qwen3-0.6B takes it 22.0, 22.4, 24.1
+# and 25.1 us at 1, 2, 4 and 8 rows, `few_rows_layer` 19.7, 24.3, 31.1 and 32.1; of Llama-3.1-8B 124
+# at 2 rows for 163 (H200).
+TILED_ROWS = (2, 256)
 # Of wider layers than this: a step of Llama-3.1-8B takes 4.41 ms at 32 rows, with cuBLAS 5.01. No
 # width between 4,096 and its 14,336 was timed.
 TILED_WIDTH, WIDE_ROWS = 4096, (1, 32)

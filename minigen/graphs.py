@@ -31,11 +31,14 @@ class CaptureError(RuntimeError):
     """A step could not be captured; launched one by one its kernels may still run."""
 
 
-def bucket_sizes(max_num_seqs: int) -> list[int]:
-    """Batch sizes that are captured: few small ones, then every eighth, then every 32nd."""
-    sizes = [2, 4, 8, *range(16, 257, 8), *range(288, max_num_seqs + 32, 32)]
-    most = max(2, max_num_seqs)
-    return [size for size in sizes if size < most] + [most]
+def bucket_sizes(max_num_seqs: int, least: int = 2) -> list[int]:
+    """Batch sizes that are captured: few small ones, then every eighth, then every 32nd.
+
+    `least` is 1 or 2.
+    """
+    sizes = [1, 2, 4, 8, *range(16, 257, 8), *range(288, max_num_seqs + 32, 32)]
+    most = max(least, max_num_seqs)
+    return [size for size in sizes if least <= size < most] + [most]
 
 
 def prompt_sizes(max_num_tokens: int) -> list[int]:
@@ -76,6 +79,8 @@ class StepGraphs:
         write_null_step: fills a buffer on the device with a step that has only null rows.
         max_num_seqs, max_num_tokens: the largest step.
         max_num_blocks: blocks that a sequence may have.
+        least_rows: of a step that decodes, 2 or 1. `call` is given two tokens at least, and where
+            it shall draw one row only (`last_R`) it need not compute the second token.
     """
 
     def __init__(
@@ -88,11 +93,12 @@ class StepGraphs:
         max_num_tokens: int,
         max_num_blocks: int,
         device: torch.device,
+        least_rows: int = 2,
     ) -> None:
         self._call, self._warm_up = call, warm_up
         self._sampling_for, self._write_null_step = sampling_for, write_null_step
         self._device = device
-        self.sizes = bucket_sizes(max_num_seqs)
+        self.sizes = bucket_sizes(max_num_seqs, least_rows)
         self.prompt_sizes = prompt_sizes(max_num_tokens)
         # One more than there are: the null tokens of a step need a sequence. The few are a chat's.
         self._prompt_seqs = sorted({min(8, max_num_seqs + 1), max_num_seqs + 1})
@@ -114,7 +120,8 @@ class StepGraphs:
     def size_for(self, num_seqs: int, num_blocks: int) -> StepSize:
         """The least size that holds so many sequences of so many blocks each."""
         rows = self.rows_for(num_seqs)
-        return StepSize(rows, rows, rows, max(width_for(num_blocks), self._usual_width))
+        tokens = max(rows, 2)  # compiled functions know no step of one
+        return StepSize(tokens, tokens, rows, max(width_for(num_blocks), self._usual_width))
 
     def prompt_size_for(self, num_tokens: int, num_seqs: int, num_blocks: int) -> StepSize:
         """The same for a step with prompts."""

@@ -29,6 +29,7 @@ from tokenizers import decoders, models
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minigen import LLM, SamplingParams
+from minigen import runner as runner_module
 from minigen.cache import BlockPool
 from minigen.engine import Engine
 from minigen.few_rows import (
@@ -325,6 +326,34 @@ def test_few_rows_give_what_the_layer_gives(long_rope: bool, monkeypatch) -> Non
     assert {True, False} == set(served)
 
 
+@pytest.mark.parametrize("tiled", [False, True])
+def test_one_sequence_is_computed_without_a_null_token(tiled: bool, monkeypatch) -> None:
+    many = [[1, 2, 3], list(range(1, 18))]
+    params = [SamplingParams(temperature=t, max_tokens=n) for t, n in ((0, 20), (1, 6))]
+    expected = run(engine(), many, params)
+    rows: list[int] = []
+
+    def watch(name: str) -> None:
+        layer = getattr(runner_module, name)
+
+        def watched(block, x_TE, *inputs):
+            rows.append(len(x_TE))
+            return layer(block, x_TE, *inputs)
+
+        monkeypatch.setattr(runner_module, name, watched)
+
+    watch("tiled_layer" if tiled else "few_rows_layer")
+    monkeypatch.setattr("minigen.few_rows.choose_parts", lambda *sizes: 2)
+    name = "serves_tiles" if tiled else "serves_few_rows"
+    monkeypatch.setattr(runner_module, name, lambda config, num_rows, *_: num_rows <= 2)
+    monkeypatch.setattr(Runner, "_computes_one_row", True)
+    made = engine(decode_graphs=True)
+    made.runner.serve_by(hidden=made.runner._hidden_by_layer)
+    assert run(made, many, params) == expected
+    assert set(rows) == {1, 2}
+    assert rows[-1] == 1  # the longer reply's last steps
+
+
 @pytest.mark.parametrize("long_rope", [False, True])
 def test_tiled_rows_give_what_the_layer_gives(long_rope: bool, monkeypatch) -> None:
     """And what the compiled layer gives, which here serves the steps at both ends."""
@@ -609,12 +638,12 @@ def test_the_head_gets_no_memory_of_torchs_graphs(mode: str) -> None:
     assert given
 
 
-@given(st.integers(1, 2100))
-def test_every_batch_has_a_size(max_num_seqs: int) -> None:
-    sizes = bucket_sizes(max_num_seqs)
+@given(st.integers(1, 2100), st.sampled_from([1, 2]))
+def test_every_batch_has_a_size(max_num_seqs: int, least: int) -> None:
+    sizes = bucket_sizes(max_num_seqs, least)
     assert sizes == sorted(set(sizes))
-    assert sizes[0] == 2
-    assert sizes[-1] == max(2, max_num_seqs)
+    assert sizes[0] == least
+    assert sizes[-1] == max(least, max_num_seqs)
 
 
 class StepLoop(RuleBasedStateMachine):
