@@ -48,13 +48,13 @@ def run(args: argparse.Namespace) -> int:
 def _launch(args: argparse.Namespace) -> int:
     """Becomes torchrun, which starts this command once a process.
 
-    What can be checked is checked before: each process would refuse it, and torchrun then shows a
-    traceback of its own.
+    What can be checked is checked before, the data too: each process would refuse it, and torchrun
+    then shows a traceback of its own.
     """
     device = _device(args.device)
     if device.type == "cuda":
         _check_gpu(args.nproc_per_node - 1)
-    Run(args, Ranks(0, args.nproc_per_node), device).prepare_output()
+    Run(args, Ranks(0, args.nproc_per_node), device).prepare()
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     count = ["--nproc-per-node", str(args.nproc_per_node)]
     command = [*launcher, *count, "-m", "minigen", *args.argv]

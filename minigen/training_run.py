@@ -99,7 +99,13 @@ class Run:
             raise ValueError(f"--max-length {longest} is more than --tokens {args.tokens}")
         return longest
 
-    def prepare_output(self) -> None:
+    def prepare(self) -> None:
+        """Does and checks what one process can for all, before they are made: makes the output,
+        brings the data there as token ids, plans the steps."""
+        self._prepare_output()
+        self._plan(self._samples())
+
+    def _prepare_output(self) -> None:
         """Makes the output, and locks it for as long as this object and process live."""
         output = self.output
         if output.is_dir() and any(output.iterdir()) and not (output / TOKENS).is_dir():
@@ -139,27 +145,27 @@ class Run:
     # --- data
 
     def _samples(self) -> list[Samples]:
-        """Every file's samples: read by the first process, from its copy on the disk by others."""
+        """Every file's samples, from its copy on the disk, which the first process makes."""
         found = []
         for source, digest in zip(self.sources, self.digests, strict=True):
             file = self.output / TOKENS / f"{digest}.safetensors"
-            samples = load_samples(file) if self.ranks.first else None
-            if samples is None and self.ranks.first:
+            samples = load_samples(file)
+            if samples is None and not self.ranks.first:
+                raise ValueError(f"{file} cannot be read: is --output on a disk that all share?")
+            if samples is None:
                 self._say(f"reading {source.path}")
                 with bar(source.path.stat().st_size, source.path.name, "B") as shown:
                     samples = read_samples(
                         source.path, self.start.tokenizer, self.data_settings, shown.update
                     )
                 keep_samples(samples, file)
-            self.ranks.wait()
-            samples = samples or load_samples(file)
-            if samples is None:
-                raise ValueError(f"{file} cannot be read: is --output on a disk that all share?")
-            self._say(_summary(source, samples))
             found.append(samples)
         return found
 
-    def _plan(self, corpus: Corpus, costs: np.ndarray) -> list[Step]:
+    def _plan(self, samples: list[Samples]) -> tuple[Corpus, np.ndarray, list[Step]]:
+        """The samples together, what each of them costs in FLOP, and the steps."""
+        corpus = Corpus.of(samples)
+        costs = step_flops(self.start.config, corpus.lengths_N, corpus.num_targets_N)
         args, files = self.args, range(len(self.sources))
         epochs = args.epochs or 1.0
         ids = [corpus.ids(file, held_out=False) for file in files]
@@ -180,19 +186,22 @@ class Run:
             raise ValueError(
                 f"the data is too little for one step of {self.ranks.world} processes: give more"
             )
-        return steps
+        return corpus, costs, steps
 
     # --- training
 
     def train(self) -> int:
         args, ranks = self.args, self.ranks
+        samples = []
         if ranks.first:
-            self.prepare_output()
+            self._prepare_output()
+            samples = self._samples()
         ranks.wait()
         self.last = self._last_checkpoint()  # another run may have ended in between
-        corpus = Corpus.of(self._samples())
-        costs = step_flops(self.start.config, corpus.lengths_N, corpus.num_targets_N)
-        steps = self._plan(corpus, costs)
+        samples = samples or self._samples()
+        for source, found in zip(self.sources, samples, strict=True):
+            self._say(_summary(source, found))
+        corpus, costs, steps = self._plan(samples)
         warmup = math.ceil(0.02 * len(steps)) if args.warmup is None else args.warmup
         trainer = self._trainer(
             Schedule(

@@ -356,6 +356,7 @@ def test_processes_are_started_for_a_run_that_can_be(inputs, tmp_path, monkeypat
     with pytest.raises(Launched) as left:
         train.run(parsed)
     (command,) = left.value.args
+    assert list((tmp_path / "run" / "tokens").glob("*.safetensors"))  # once for all processes
     assert command[command.index("--nproc-per-node") + 1] == "3"
     assert command[command.index("minigen") + 1 :] == args
 
@@ -368,9 +369,9 @@ def test_no_process_is_started_for_a_run_that_cannot_be(
 
     def said(*args: str) -> str:
         assert main([*args]) == 2
-        error = capsys.readouterr().err
-        assert error.count("\n") == 1
-        return error
+        *before, sentence = capsys.readouterr().err.splitlines()
+        assert all(line.startswith("reading ") for line in before)
+        return sentence
 
     assert "nowhere: No such file" in said(*change(good, "--data", "--data", tmp_path / "nowhere"))
     assert "nowhere" in said(*change(good, "--config", "--config", tmp_path / "nowhere"))
@@ -386,6 +387,14 @@ def test_no_process_is_started_for_a_run_that_cannot_be(
     assert "Not a directory" in said(*change(good, "--output", "--output", tmp_path / "file" / "a"))
     args = train_args(inputs, whole, *EVERY, "--steps", 14, "--nproc-per-node", 2)
     assert "was begun with processes = 1, now it is 2" in said(*args)
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "one"}\n')
+    little = change(change(good, "--data"), "--data", "--data", bad)
+    said_of_it = said(*change(little, "--steps", "--epochs", 1))
+    assert "too little for one step of 2 processes" in said_of_it
+    bad.write_text('{"text": "one"}\n{"text": 2}\n')
+    sentence = said(*change(good, "--data", "--data", bad))
+    assert 'bad.jsonl:2: "text" must be a text, not int' in sentence
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     sentence = said(*change(good, "--device", "--device", "cuda"))
