@@ -84,7 +84,8 @@ def test_a_step_ends_with_the_budget(module, tmp_path, monkeypatch) -> None:
     assert [step["result"] for step in done] == ["ended after 2 s", "not begun"]
 
 
-def test_a_step_ends_with_a_report_that_is_ended(module, tmp_path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_step_ends_with_a_report_that_is_ended(number, module, tmp_path) -> None:
     child = tmp_path / "child"
     step = f"report.Step('a', {(module, 'hang', str(child))!r}, 60)"
     script = (
@@ -94,8 +95,8 @@ def test_a_step_ends_with_a_report_that_is_ended(module, tmp_path) -> None:
     process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT)
     while process.poll() is None and not (child.exists() and child.read_text()):
         time.sleep(0.05)
-    process.terminate()
-    assert process.wait(30) == 128 + signal.SIGTERM
+    process.send_signal(number)
+    assert process.wait(30) == 128 + number
     is_gone(child)
 
 

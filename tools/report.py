@@ -191,16 +191,21 @@ def run_step(step: Step, log: Path, limit: float) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def ended_by_exception() -> Iterator[None]:
-    """Has SIGTERM raise SystemExit, so that the running step ends with the report, not later."""
+    """Has SIGTERM, and a terminal that closes, raise SystemExit, so that the running step ends with
+    the report, not later. What nohup has ignored stays ignored."""
 
     def end(number: int, _: object) -> None:
         raise SystemExit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, end)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(number, end)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def last_json(log: Path) -> Any:
