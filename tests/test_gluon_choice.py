@@ -280,3 +280,24 @@ def test_packed_prompts_run_in_gluon(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(5000, 8, dim=64)[0] is None
     monkeypatch.setattr(gluon_module, "runs_gluon", lambda _: False)
     assert run(2048, 4) == (None, True)
+
+
+@pytest.mark.parametrize(("num_seqs", "num_stages"), [(32, 5), (64, 7), (128, 7), (256, 5)])
+def test_decoding_has_a_third_tile_in_flight_where_that_gains(
+    num_seqs: int, num_stages: int, monkeypatch
+) -> None:
+    launched = []
+    monkeypatch.setattr(paged_module, "_launch", lambda *inputs: launched.append(inputs[-3]))
+    monkeypatch.setattr(paged_module, "shared_bytes_of", lambda device: HOPPER_SHARED_BYTES)
+    slots = {5: 396, 7: 264}
+    monkeypatch.setattr(paged_module, "resident_programs", lambda tile, *_: slots[tile.num_stages])
+    q_THD = torch.empty(num_seqs, 32, 128, dtype=torch.bfloat16)
+    cache_NBKD = torch.empty(1, 16, 8, 128, dtype=torch.bfloat16)
+    kv_lens_S = torch.zeros(num_seqs, dtype=torch.int32)
+    table_SW = torch.zeros(num_seqs, 128, dtype=torch.int32)
+    paged_module.paged_attention_triton(
+        q_THD, cache_NBKD, cache_NBKD, torch.arange(num_seqs + 1).int(), kv_lens_S, table_SW,
+        window=Window(None, 0), scale=0.1, softcap=0.0,
+    )  # fmt: skip
+    (tile,) = launched
+    assert tile.num_stages == num_stages

@@ -28,11 +28,13 @@ from minigen.kernels.kv_cache_write import kv_cache_write_triton
 from minigen.kernels.paged_attention import (
     choose_num_splits,
     choose_whole_tiles,
+    deeper,
+    gains_by_depth,
     paged_attention_triton,
     reckon_steps,
     whole_mark,
 )
-from minigen.kernels.tiles import Tile, find_queries, power_of_two
+from minigen.kernels.tiles import Tile, choose_tile, find_queries, power_of_two
 from minigen.kernels.triton_import import tl, triton
 from minigen.kernels.varlen_attention import MAX_TOKEN_STRIDE, varlen_attention_triton
 from minigen.kernels.varlen_attention_gluon import (
@@ -823,6 +825,29 @@ def test_the_most_whole_tiles_are_the_last_before_parts_are_quicker(
     chosen = choose_num_splits(num_programs, num_tiles, num_slots)
     if chosen > 1:  # or the choice would serve no sequence
         assert 1 <= choose_whole_tiles(chosen, num_programs, num_tiles, num_slots) < num_tiles
+
+
+def test_a_third_tile_is_in_flight_where_that_fills_the_last_wave() -> None:
+    """8 key/value heads, three programs on each of 132 multiprocessors or two, 2,048 keys."""
+    deep = [
+        batch for batch in (1, 32, 49, 64, 96, 128, 256) if gains_by_depth(8 * batch, 32, 396, 264)
+    ]
+    assert deep == [64, 128]
+    assert not any(
+        gains_by_depth(n, 32, 396, 396) for n in range(1, 4000)
+    )  # it costs room or nothing
+
+
+@given(st.sampled_from([16, 64, 80, 128, 256]), st.sampled_from([1, 2, 4, 8]), st.booleans())
+def test_a_third_tile_fits_or_is_not_asked_for(head_dim: int, group: int, narrow: bool) -> None:
+    shared_bytes = (64 if narrow else 99) * 1024
+    for itemsize in (2, 4):
+        tile = choose_tile(1, group, head_dim, itemsize, shared_bytes, paged=True)
+        deep = deeper(tile, itemsize, shared_bytes)
+        keys = 3 * 2 * tile.block_n * tile.block_d * itemsize
+        fits = keys + tile.block_m * tile.block_d * itemsize + 8 * 1024 <= shared_bytes
+        assert (deep is not None) == (fits and tile.num_stages == 5)
+        assert deep is None or deep == tile._replace(num_stages=7)
 
 
 def test_a_short_sequence_is_whole_where_the_table_is_wide() -> None:

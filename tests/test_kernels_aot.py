@@ -27,7 +27,11 @@ from minigen.kernels.few_rows_dot import (
 from minigen.kernels.few_rows_linear import choose_linear_tile, few_rows_linear_kernel
 from minigen.kernels.gluon_import import KNOWN_GLUON
 from minigen.kernels.kv_cache_write import kv_cache_write_kernel
-from minigen.kernels.paged_attention import merge_splits_kernel, paged_attention_kernel
+from minigen.kernels.paged_attention import (
+    deeper,
+    merge_splits_kernel,
+    paged_attention_kernel,
+)
 from minigen.kernels.rope_cache_write import rope_cache_write_kernel, rope_constants
 from minigen.kernels.sum_norm import norm_rows_kernel
 from minigen.kernels.tile_linear_gluon import choose_parts, choose_rows_tile, sizes_of
@@ -320,6 +324,12 @@ def test_no_tile_spills_on_hopper(group: int) -> None:
         # With 128 registers it keeps 20, and the tile was the fastest all the same.
         assert (compiled.stack_bytes or 0) <= (80 if tile.max_registers else few_bytes)
         assert programs_at_once(compiled) >= (3 if queries == 1 else 2)
+        deep = deeper(tile, 2, shared_bytes)
+        if queries == 1 and deep is not None:
+            constants |= {"num_stages": deep.num_stages}
+            compiled = check(paged_attention_kernel, "sm_90", constants, "bf16", True)
+            assert programs_at_once(compiled) == 2
+            assert compiled.shared_bytes >= 3 * 2 * tile.block_n * 128 * 2
         # Two tiles of keys in flight at least: with one, loads wait for the arithmetic.
         assert compiled.shared_bytes >= 2 * 2 * tile.block_n * 128 * 2
 
