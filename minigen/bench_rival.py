@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +13,7 @@ from minigen import workloads
 from minigen.bench_workloads import NANO_TEMPERATURE
 from minigen.measure import synchronize
 from minigen.report import bar
+from minigen.start import free_unheld
 from minigen.weights.hub import resolve_model
 from minigen.workloads import Request
 
@@ -33,7 +33,7 @@ def run_rival(
         ) from None
 
     torch.compiler.reset()  # what is compiled holds on to minigen's weights and cache
-    gc.collect()
+    free_unheld()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     transformers.logging.set_verbosity_error()

@@ -9,13 +9,13 @@ import random
 import time
 from collections.abc import Collection, Iterable, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 from minigen.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from minigen.runner import ChosenLogprobs, Launched, Runner
 from minigen.sampling_params import SamplingParams
-from minigen.sampling_rows import Row, TokenCounts
+from minigen.sampling_rows import Row, RowBatch, TokenCounts
 from minigen.scheduler import Chunk, Scheduler, Sequence
 from minigen.text import TextStream
 from minigen.weights.tokenizer import Tokenizer
@@ -37,40 +37,24 @@ class EngineStats:
     launch_seconds: float = 0.0  # inside the step's functions: on a CPU that is the computation
 
 
-@dataclass(eq=False)
-class _Sample:
+@dataclass(eq=False, slots=True, kw_only=True)
+class _Sample(Sequence):
     """One of a request's n continuations."""
 
     request: "_Request"
-    sequence: Sequence
     text: TextStream
     output: CompletionOutput
-    row: Row  # its next draw: position and counts are brought up to date for each
-
-
-@dataclass(eq=False)
-class _Request:
-    request_id: str
-    prompt: str | None
-    prompt_ids: list[int]
-    params: SamplingParams
-    seed: int
+    token_ids: list[int]  # the output's
+    draw: Row  # the same for each token: what differs follows from the sequence
     stop_ids: frozenset[int]
-    metrics: RequestMetrics
-    prompt_logprobs: list[dict[int, Logprob] | None] | None
+
+
+@dataclass(eq=False, slots=True)
+class _Request:
+    params: SamplingParams
+    output: RequestOutput  # what is told of it: the same as long as it has not finished
     samples: list[_Sample] = field(default_factory=list)
-    outputs: list[CompletionOutput] = field(default_factory=list)  # those of the samples
     num_unfinished: int = 0  # of its samples
-
-    @property
-    def finished(self) -> bool:
-        return self.num_unfinished == 0
-
-    def snapshot(self) -> RequestOutput:
-        return RequestOutput(
-            self.request_id, self.prompt, self.prompt_ids, self.prompt_logprobs,
-            list(self.outputs), self.num_unfinished == 0, self.metrics,
-        )  # fmt: skip
 
 
 class Engine:
@@ -102,11 +86,14 @@ class Engine:
         self.max_model_len = max_model_len
         self._seeds = random.Random(seed)
         self._requests: dict[str, _Request] = {}
-        self._sample_of: dict[Sequence, _Sample] = {}
         self._penalised: set[Sequence] = set()  # those of requests with penalties
         self._in_flight: Launched | None = None
+        # The rows of the last step's draws, most often those of the next, too.
+        self._sampled: list[Sequence] = []
+        self._batch = RowBatch([], runner.model.config.vocab_size)
         # Not told yet: kept over a step that fails, or who finished in it would never be heard of.
-        self._touched: dict[str, _Request] = {}
+        self._touched: dict[_Request, None] = {}
+        self._ended: dict[_Request, None] = {}  # those of them that have finished
         self._stats = EngineStats()
 
     @property
@@ -159,46 +146,54 @@ class Engine:
         max_length = self.max_model_len
         if params.max_tokens is not None:
             max_length = min(max_length, len(ids) + params.max_tokens)
-        eos = frozenset() if params.ignore_eos else self.eos_token_ids
         unscored: list[dict[int, Logprob] | None] = [None] * len(ids)
         request = _Request(
-            request_id=request_id,
-            prompt=prompt if isinstance(prompt, str) else None,
-            prompt_ids=ids,
-            params=params,
-            seed=self._seeds.getrandbits(63) if params.seed is None else params.seed,
-            stop_ids=eos | frozenset(params.stop_token_ids or ()),
-            metrics=RequestMetrics(time.perf_counter()),
-            prompt_logprobs=None if params.prompt_logprobs is None else unscored,
+            params,
+            RequestOutput(
+                request_id,
+                prompt=prompt if isinstance(prompt, str) else None,
+                prompt_token_ids=ids,
+                prompt_logprobs=None if params.prompt_logprobs is None else unscored,
+                outputs=[],
+                finished=False,
+                metrics=RequestMetrics(time.perf_counter()),
+            ),
         )
+        seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
+        eos = frozenset() if params.ignore_eos else self.eos_token_ids
+        stop_ids = eos | frozenset(params.stop_token_ids or ())
         for index in range(params.n):
-            scored = params.prompt_logprobs is not None and index == 0
-            sequence = Sequence(
-                list(ids), max_length if samples else len(ids), samples, use_prefix_cache=not scored
-            )
-            text = TextStream(
-                self.tokenizer,
-                list(params.stop or ()),
-                params.include_stop_str_in_output,
-                params.skip_special_tokens,
-                ids,
-            )
             output = CompletionOutput(index, logprobs=None if params.logprobs is None else [])
             if params.logprobs is not None:
                 output.cumulative_logprob = 0.0
             # vLLM rules the end out below min_tokens even where it would be ignored.
-            ends = request.stop_ids | self.eos_token_ids
-            row = Row(params, request.seed, index, len(ids), ids, output.token_ids, ends)
-            sample = _Sample(request, sequence, text, output, row)
+            ends = stop_ids | self.eos_token_ids
+            sample = _Sample(
+                list(ids),
+                max_length if samples else len(ids),
+                samples,
+                use_prefix_cache=params.prompt_logprobs is None or index > 0,
+                request=request,
+                text=TextStream(
+                    self.tokenizer,
+                    list(params.stop or ()),
+                    params.include_stop_str_in_output,
+                    params.skip_special_tokens,
+                    ids,
+                ),
+                output=output,
+                token_ids=output.token_ids,
+                draw=Row(params, seed, index, len(ids), ids, output.token_ids, ends),
+                stop_ids=stop_ids,
+            )
             request.samples.append(sample)
-            request.outputs.append(output)
-            self._sample_of[sequence] = sample
+            request.output.outputs.append(output)
             if params.has_penalties:
-                self._penalised.add(sequence)
+                self._penalised.add(sample)
         request.num_unfinished = params.n
         self._requests[request_id] = request
         for sample in request.samples:
-            self.scheduler.add(sample.sequence)
+            self.scheduler.add(sample)
 
     def _prompt_ids(self, prompt: str | Seq[int], vocab_size: int) -> list[int]:
         if isinstance(prompt, str):
@@ -223,21 +218,24 @@ class Engine:
         request = self._requests.pop(request_id, None)
         if request is None:
             raise ValueError(f"request id {request_id!r} is unknown or has finished")
-        self._touched.pop(request_id, None)
         for sample in request.samples:
-            if not sample.sequence.finished:
+            if not sample.finished:
                 self._end(sample, "abort", None)
-            self._forget(sample)
+        self._forget(request)
 
-    def _forget(self, sample: _Sample) -> None:
-        self._sample_of.pop(sample.sequence, None)
-        self._penalised.discard(sample.sequence)
+    def _forget(self, request: _Request) -> None:
+        self._touched.pop(request, None)
+        self._ended.pop(request, None)
+        self._penalised.difference_update(request.samples)
+        # They hold the request, too: so its memory is free at once, and no garbage to be collected.
+        request.samples.clear()
 
     def step(
         self, only: Collection[str] | None = None, only_finished: bool = False
     ) -> list[RequestOutput]:
         """Runs one step -> the state of every request that got a token since it was last told.
 
+        Each time it is the same object, whose outputs have grown, until the request has finished.
         `only`: the ids that the caller wants to hear of; the others are told at a later step.
         `only_finished`: the same of requests that go on.
         """
@@ -259,18 +257,30 @@ class Engine:
             self._in_flight = None
             self.scheduler.reset()
             raise
+        return self._tell(only, only_finished)
+
+    def _tell(self, only: Collection[str] | None, only_finished: bool) -> list[RequestOutput]:
         told = [
             request
-            for request_id, request in self._touched.items()
-            if (only is None or request_id in only)
-            and not (only_finished and request.num_unfinished)
+            for request in (self._ended if only_finished else self._touched)
+            if only is None or request.output.request_id in only
         ]
-        for request in told:
-            del self._touched[request.request_id]
-            if request.finished and self._requests.pop(request.request_id, None):
+        if len(told) == len(self._touched):
+            self._touched.clear()
+        else:
+            for request in told:
+                del self._touched[request]
+        if self.tokenizer is not None:
+            for request in told:
                 for sample in request.samples:
-                    self._forget(sample)
-        return [request.snapshot() for request in told]
+                    sample.output.text = sample.text.read()
+        for request in [request for request in told if not request.num_unfinished]:
+            del self._requests[request.output.request_id]
+            self._forget(request)
+            # Another one: those that were told before have not finished.
+            outputs = list(request.output.outputs)
+            request.output = replace(request.output, outputs=outputs, finished=True)
+        return [request.output for request in told]
 
     def _host_decides(self) -> bool:
         """Whether the next draw needs output tokens that the host has not read yet."""
@@ -278,27 +288,26 @@ class Engine:
 
     def _launch(self) -> Launched | None:
         chunks = self.scheduler.schedule()
+        # Of the same objects: 2 us for 512, where a batch made anew takes a hundred.
+        if chunks.sampled != self._sampled:
+            rows = [sample.draw for sample in _samples(chunks.sampled)]
+            self._sampled = chunks.sampled
+            self._batch = RowBatch(rows, self.runner.model.config.vocab_size)
         if not chunks:
             return None
-        rows, most, scored, num_prompt_tokens = [], None, {}, 0
-        for i, (sequence, start, length, samples) in enumerate(chunks):
-            sample = self._sample_of[sequence]
-            params = sample.request.params
-            if samples:
-                row = sample.row
-                row.position = start + length
-                row.num_pending = sequence.num_pending - 1  # without the token drawn here
-                rows.append(row)
-                if params.logprobs is not None:
-                    most = params.logprobs if most is None else _most(most, params.logprobs)
-            if start < sequence.num_prompt:
-                num_prompt_tokens += min(length, sequence.num_prompt - start)
-                wanted = params.prompt_logprobs
-                if wanted is not None and self._is_unscored(sample, chunks[i]):
-                    scored[i] = wanted
+        scored, num_prompt_tokens = {}, 0
+        for i, chunk in enumerate(chunks.prompts):
+            sample = cast(_Sample, chunk.sequence)
+            num_prompt_tokens += max(0, min(chunk.length, sample.num_prompt - chunk.start))
+            wanted = sample.request.params.prompt_logprobs
+            if wanted is not None and self._is_unscored(sample, chunk):
+                scored[i] = wanted
+        if self._batch.may_mask:
+            for sample in _samples(chunks.sampled):
+                sample.draw.num_pending = sample.num_pending - 1  # without the token drawn here
         if self._penalised:
-            self._count_tokens(rows)
-        launched = self.runner.launch(chunks, rows, most, scored)
+            self._count_tokens(self._batch.rows)
+        launched = self.runner.launch(chunks, self._batch, scored)
         self._stats.num_steps += 1
         self._stats.num_prompt_tokens += num_prompt_tokens
         return launched
@@ -320,7 +329,7 @@ class Engine:
     @staticmethod
     def _is_unscored(sample: _Sample, chunk: Chunk) -> bool:
         """Whether the chunk has prompt tokens to score that were not before a preemption."""
-        scores, last = sample.request.prompt_logprobs, chunk.sequence.num_prompt - 1
+        scores, last = sample.request.output.prompt_logprobs, sample.num_prompt - 1
         if scores is None or chunk.start >= last or sample.output.index != 0:
             return False
         return scores[min(chunk.start + chunk.length, last)] is None
@@ -332,53 +341,55 @@ class Engine:
         now = time.perf_counter()
         self._stats.wait_seconds += now - start
         for chunk, scores in all_scores:
-            sample = self._sample_of.get(chunk.sequence)
-            if sample is not None:
-                self._take_scores(sample.request, chunk, scores)
-        for sequence, start, length, samples in launched.chunks:
-            if samples or sequence.samples or sequence.finished:
+            if not chunk.sequence.finished:
+                self._take_scores(cast(_Sample, chunk.sequence).request, chunk, scores)
+        for sequence, start, length, samples in launched.chunks.prompts:
+            sample = cast(_Sample, sequence)
+            if sample.finished:
                 continue
-            if start + length == sequence.num_prompt:
-                sample = self._sample_of[sequence]
-                self._touched[sample.request.request_id] = sample.request
+            if samples:
+                self._take_first(sample, now)
+            elif not sample.samples and start + length == sample.num_prompt:
+                self._touched[sample.request] = None
                 self._end(sample, "length", None)
-        for i, (chunk, token) in enumerate(zip(launched.sampled, tokens, strict=True)):
-            sequence = chunk.sequence
-            if sequence.finished:
+        touched, num_tokens = self._touched, 0
+        for i, (sample, token) in enumerate(
+            zip(_samples(launched.chunks.sampled), tokens, strict=True)
+        ):
+            if sample.finished:
                 continue
-            sample = self._sample_of[sequence]
-            request = sample.request
-            self._touched[request.request_id] = request
-            metrics = request.metrics
-            if metrics.first_token_time is None:
-                metrics.first_token_time = now
-                metrics.num_cached_tokens = sequence.num_cached
-                self._stats.num_cached_tokens += sequence.num_cached or 0
-            self._stats.num_output_tokens += 1
+            touched[sample.request] = None
+            num_tokens += 1
             self._take_token(sample, token)
             if logprobs is not None and sample.output.logprobs is not None:
                 self._take_logprobs(sample, token, logprobs, i)
+        self._stats.num_output_tokens += num_tokens
+
+    def _take_first(self, sample: _Sample, now: float) -> None:
+        """What is known with the first token of a request."""
+        metrics = sample.request.output.metrics
+        if metrics.first_token_time is None:
+            metrics.first_token_time = now
+            metrics.num_cached_tokens = sample.num_cached
+            self._stats.num_cached_tokens += sample.num_cached or 0
 
     def _take_token(self, sample: _Sample, token: int) -> None:
-        request, sequence, output = sample.request, sample.sequence, sample.output
-        sequence.num_pending -= 1
-        sequence.tokens.append(token)
-        output.token_ids.append(token)
-        params, num_tokens = request.params, len(output.token_ids)
-        if token in request.stop_ids and num_tokens >= params.min_tokens:
+        sample.num_pending -= 1
+        sample.tokens.append(token)
+        sample.token_ids.append(token)
+        params, stop = sample.request.params, None
+        if token in sample.stop_ids and len(sample.token_ids) >= params.min_tokens:
             eos = token in self.eos_token_ids and not params.ignore_eos
             asked = token in (params.stop_token_ids or ())
             if params.include_stop_str_in_output:
                 sample.text.push(token, may_stop=False)
             self._end(sample, "stop", token if asked and not eos else None)
             return
-        stop = None
         if self.tokenizer is not None:
-            stop = sample.text.push(token, may_stop=num_tokens > params.min_tokens)
-            output.text = sample.text.text
+            stop = sample.text.push(token, may_stop=len(sample.token_ids) > params.min_tokens)
         if stop is not None:
             self._end(sample, "stop", stop)
-        elif len(sequence.tokens) >= sequence.max_length:
+        elif len(sample.tokens) >= sample.max_length:
             self._end(sample, "length", None)
 
     def _end(self, sample: _Sample, reason: str, stop_reason: int | str | None) -> None:
@@ -388,13 +399,15 @@ class Engine:
             stop = sample.text.flush(may_stop=late_enough and reason != "abort")
             if stop is not None and reason == "length":
                 reason, stop_reason = "stop", stop
-        output, sample.row.counts = sample.output, None
-        output.text = sample.text.text
+        output, sample.draw.counts = sample.output, None
+        output.text = sample.text.read()
         output.finish_reason, output.stop_reason = reason, stop_reason
-        self.scheduler.finish(sample.sequence)
-        sample.request.num_unfinished -= 1
-        if sample.request.finished:
-            sample.request.metrics.finished_time = time.perf_counter()
+        self.scheduler.finish(sample)
+        request = sample.request
+        request.num_unfinished -= 1
+        if not request.num_unfinished:
+            request.output.metrics.finished_time = time.perf_counter()
+            self._ended[request] = None
 
     def _take_logprobs(self, sample: _Sample, token: int, found: ChosenLogprobs, i: int) -> None:
         params, output = sample.request.params, sample.output
@@ -404,11 +417,12 @@ class Engine:
         output.cumulative_logprob += found.values_R[i]
 
     def _take_scores(self, request: _Request, chunk: Chunk, scores: ChosenLogprobs) -> None:
-        assert request.prompt_logprobs is not None
+        found, ids = request.output.prompt_logprobs, request.output.prompt_token_ids
+        assert found is not None
         top = request.params.prompt_logprobs or 0
         for i in range(len(scores.values_R)):
             at = chunk.start + 1 + i
-            request.prompt_logprobs[at] = self._logprobs(request.prompt_ids[at], scores, i, top)
+            found[at] = self._logprobs(ids[at], scores, i, top)
 
     def _logprobs(self, token: int, found: ChosenLogprobs, i: int, top: int) -> dict[int, Logprob]:
         """The chosen token first, then the `top` most likely ones (-1 = all)."""
@@ -421,6 +435,11 @@ class Engine:
 
     def _word(self, token: int) -> str | None:
         return self.tokenizer.token_text(token) if self.tokenizer else None
+
+
+def _samples(sequences: list[Sequence]) -> list[_Sample]:
+    """What the scheduler calls sequences; all that it has are an engine's samples."""
+    return cast(list[_Sample], sequences)
 
 
 def items_of(value: Any, needed: str) -> list[Any]:
@@ -440,7 +459,3 @@ def is_integer(value: Any) -> bool:
 
 def _plain(value: Any) -> Any:
     return value.tolist() if hasattr(value, "tolist") else value
-
-
-def _most(a: int, b: int) -> int:
-    return -1 if -1 in (a, b) else max(a, b)

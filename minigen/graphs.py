@@ -9,6 +9,7 @@ prompts the hidden states, since the number of tokens says little about the numb
 Without a GPU the same buffers are filled and the step is called: tests need none.
 """
 
+import bisect
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 
@@ -115,7 +116,7 @@ class StepGraphs:
 
     def rows_for(self, num_rows: int) -> int:
         """The least of `sizes` that holds so many rows."""
-        return next(size for size in self.sizes if size >= num_rows)
+        return self.sizes[bisect.bisect_left(self.sizes, num_rows)]
 
     def size_for(self, num_seqs: int, num_blocks: int) -> StepSize:
         """The least size that holds so many sequences of so many blocks each."""

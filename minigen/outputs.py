@@ -14,7 +14,10 @@ class Logprob:
 
 @dataclass
 class CompletionOutput:
-    """One of a request's `n` samples. `text` and `token_ids` only grow between steps."""
+    """One of a request's `n` samples. `text` and `token_ids` only grow between steps.
+
+    `text` is up to date when the step has told of its request.
+    """
 
     index: int
     text: str = ""
@@ -37,7 +40,7 @@ class RequestMetrics:
 
 @dataclass
 class RequestOutput:
-    """A request as it stands after a step."""
+    """A request as it stands after a step. One that goes on has the same after each."""
 
     request_id: str
     prompt: str | None

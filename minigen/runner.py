@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from types import FunctionType, MethodType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,7 +47,7 @@ from minigen.model import (
 from minigen.sampling import draw, edit_logits, top_logprobs
 from minigen.sampling_params import SamplingParams
 from minigen.sampling_rows import Row, RowBatch, SamplingTensors
-from minigen.scheduler import Chunk
+from minigen.scheduler import Chunk, Chunks
 from minigen.start import share_triton_cache
 from minigen.step import StepSize, StepTensors, StepWriter
 
@@ -88,8 +89,7 @@ class ChosenLogprobs:
 class Launched:
     """A step that runs on the device; `wait` gives its results."""
 
-    chunks: list[Chunk]
-    sampled: list[Chunk]
+    chunks: Chunks
     tokens_R: Tensor | None
     logprobs: tuple[Tensor, ...] | None
     scores: list[tuple[Chunk, list[tuple[Tensor, ...]]]]  # in parts of SCORE_ROWS
@@ -98,10 +98,10 @@ class Launched:
     def wait(
         self,
     ) -> tuple[list[int], ChosenLogprobs | None, list[tuple[Chunk, ChosenLogprobs]]]:
-        """One token a chunk of `sampled`, their log-probabilities where asked for, and scores."""
+        """A token each of `chunks.sampled`, log-probabilities where asked for, and scores."""
         if self.event is not None:
             self.event.synchronize()
-        num = len(self.sampled)
+        num = len(self.chunks.sampled)
         tokens = self.tokens_R[:num].tolist() if self.tokens_R is not None else []
         logprobs = _lists([self.logprobs], num) if self.logprobs else None
         return tokens, logprobs, [(chunk, _lists(parts)) for chunk, parts in self.scores]
@@ -134,11 +134,6 @@ def with_own_code(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
         function.__defaults__, function.__closure__,
     )  # fmt: skip
     return MethodType(copy, method.__self__)
-
-
-def _num_blocks(chunks: list[Chunk]) -> int:
-    """Of the sequence that has most."""
-    return max(len(chunk.sequence.blocks) for chunk in chunks)
 
 
 def _lists(parts: list[tuple[Tensor, ...]], num: int | None = None) -> ChosenLogprobs:
@@ -502,10 +497,10 @@ class Runner:
 
     def _null_step(self, size: StepSize) -> StepTensors:
         """A step that touches no cache block and no row that anybody owns."""
-        return size.views(self._upload([], size))
+        return size.views(self._upload(Chunks(), size)[0])
 
     def _write_null_step(self, step_bytes: Tensor, size: StepSize) -> None:
-        self._upload([], size, step_bytes)
+        self._upload(Chunks(), size, step_bytes)
 
     def _null_sampling(self, num_rows: int, head: str, into: Tensor | None) -> SamplingTensors:
         params = SamplingParams(temperature=1.0 if head == "plain" else 0.0)
@@ -522,24 +517,18 @@ class Runner:
     # --- a step ----------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def launch(
-        self,
-        chunks: list[Chunk],
-        sampling_rows: Sequence[Row],
-        num_logprobs: int | None,
-        scored: dict[int, int],
-    ) -> Launched:
+    def launch(self, chunks: Chunks, batch: RowBatch, scored: dict[int, int]) -> Launched:
         """Runs a step.
 
         Args:
-            chunks: what the scheduler chose.
-            sampling_rows: one a chunk that samples, in order.
-            num_logprobs: the most top log-probabilities a row wants (-1 = all); None = no row any.
-            scored: {index of a chunk: number of top log-probabilities} whose prompt is scored.
+            chunks: what the scheduler chose; each step of it is to be launched, or undone.
+            batch: one row for each of `chunks.sampled`, in order.
+            scored: {index in `chunks.prompts`: number of top log-probabilities} of those whose
+                prompt is scored.
         """
-        sampled = [chunk for chunk in chunks if chunk.samples]
-        batch = RowBatch(sampling_rows, self.model.config.vocab_size)
-        compiled = num_logprobs is None and not batch.needs_edits and batch.mode in COMPILED_DRAWS
+        num_sampled, num_logprobs = len(chunks.sampled), batch.num_logprobs
+        needs_edits = batch.needs_edits
+        compiled = num_logprobs is None and not needs_edits and batch.mode in COMPILED_DRAWS
         # The draws that filter run uncompiled on the logits.
         head = batch.mode if compiled else LOGITS
         scores = []
@@ -547,23 +536,24 @@ class Runner:
         if captured is not None:
             step, sampling, result = self._replay(captured, chunks, batch, head)
         else:
-            step, sampling, hidden_TE = self._hidden_states(chunks, batch, len(sampled))
+            step, sampling, hidden_TE = self._hidden_states(chunks, batch)
             for i, top in scored.items():
-                scores.append((chunks[i], self._score(hidden_TE, chunks, i, top)))
-            if sampled:
+                scores.append((chunks.prompts[i], self._score(hidden_TE, chunks, i, top)))
+            if num_sampled:
                 inputs = (hidden_TE, step.last_R, head, *sampling.tensors())
                 result = self._timed(self._head, *inputs)
         tokens_R = logprobs = event = None
-        if sampled:
+        if num_sampled:
             drawn_R = result
             if head == LOGITS:
-                edited_RV = edit_logits(result, sampling_rows) if sampling.needs_edits else result
+                edited_RV = edit_logits(result, batch.rows) if needs_edits else result
                 drawn_R = draw(edited_RV, *sampling.tensors(), mode=sampling.mode)
             if captured is None or head == LOGITS:  # a captured draw is kept by the graph
                 self.last_tokens_M[step.rows_R] = drawn_R
             if num_logprobs is not None:
-                num = len(sampled)  # the rows behind them are null ones
-                logprobs = top_logprobs(result[:num], drawn_R[:num], num_logprobs)
+                # The rows behind them are null ones.
+                drawn = result[:num_sampled], drawn_R[:num_sampled]
+                logprobs = top_logprobs(*drawn, num_logprobs)
             tokens_R = self._download(drawn_R)
             if logprobs is not None:
                 logprobs = tuple(self._download(t) for t in logprobs)
@@ -571,16 +561,16 @@ class Runner:
             event = torch.cuda.Event()
             # The current device need not be this one.
             event.record(torch.cuda.current_stream(self.device))
-        return Launched(chunks, sampled, tokens_R, logprobs, scores, event)
+        return Launched(chunks, tokens_R, logprobs, scores, event)
 
     def _hidden_states(
-        self, chunks: list[Chunk], batch: RowBatch, num_sampled: int
+        self, chunks: Chunks, batch: RowBatch
     ) -> tuple[StepTensors, SamplingTensors, Tensor]:
         """Runs the decoder on a step with prompts: replayed where its size has been captured.
 
         What it returns of step and sampling has the rows that the head shall take.
         """
-        num_rows = max(2, num_sampled)
+        num_rows = max(2, len(chunks.sampled))
         size = self._replay_prompts(chunks)
         if size is not None and self._graphs is not None:
             step, sampling, hidden_TE = self._replay(size, chunks, batch, HIDDEN)
@@ -591,8 +581,9 @@ class Runner:
             step = replace(step, last_R=step.last_R[:num_rows], rows_R=step.rows_R[:num_rows])
             return step, sampling.first(num_rows), hidden_TE
         size = StepSize.of(chunks)
-        step = size.views(self._upload(chunks, size))
-        sampling = SamplingTensors.from_batch(batch, num_rows, self.device)
+        step_bytes, positions_R = self._upload(chunks, size)
+        step = size.views(step_bytes)
+        sampling = SamplingTensors.from_batch(batch, positions_R, num_rows, self.device)
         hidden_TE = self._timed(self._hidden, *self._hidden_inputs(step))
         if self.compile in TORCHS_GRAPHS:
             # What one graph of torch's returned is gone when the next one, the head's, begins.
@@ -607,11 +598,11 @@ class Runner:
             self.launch_seconds += time.perf_counter() - start
 
     def _score(
-        self, hidden_TE: Tensor, chunks: list[Chunk], i: int, top: int
+        self, hidden_TE: Tensor, chunks: Chunks, i: int, top: int
     ) -> list[tuple[Tensor, ...]]:
-        """Log-probabilities of the prompt tokens that follow each token of chunk i, in parts."""
-        chunk = chunks[i]
-        begin = sum(other.length for other in chunks[:i])
+        """Log-probabilities of the prompt tokens that follow each token of a chunk, in parts."""
+        chunk = chunks.prompts[i]
+        begin = len(chunks.decodes) + sum(other.length for other in chunks.prompts[:i])
         following = chunk.sequence.tokens[chunk.start + 1 : chunk.start + chunk.length + 1]
         following = following[: max(0, chunk.sequence.num_prompt - chunk.start - 1)]
         parts = []
@@ -676,23 +667,20 @@ class Runner:
             stacklevel=2,
         )
 
-    def _replay_decode(
-        self, chunks: list[Chunk], scored: dict[int, int], head: str
-    ) -> StepSize | None:
+    def _replay_decode(self, chunks: Chunks, scored: dict[int, int], head: str) -> StepSize | None:
         """The captured size that serves this step; None for one that does not only decode, or
         while what would be captured is not compiled."""
-        decodes = not scored and all(chunk.length == 1 and chunk.samples for chunk in chunks)
+        decodes = not scored and len(chunks.sampled) == len(chunks) == chunks.num_tokens
         if self._graphs is None or not decodes:
             return None
-        return self._captured(self._graphs.size_for(len(chunks), _num_blocks(chunks)), head)
+        return self._captured(self._graphs.size_for(len(chunks), chunks.num_blocks), head)
 
-    def _replay_prompts(self, chunks: list[Chunk]) -> StepSize | None:
+    def _replay_prompts(self, chunks: Chunks) -> StepSize | None:
         """The same for any step's hidden states."""
         if self._graphs is None:
             return None
-        num_tokens = sum(chunk.length for chunk in chunks)
-        size = self._graphs.prompt_size_for(num_tokens, len(chunks), _num_blocks(chunks))
-        return self._captured(size, HIDDEN)
+        sizes = chunks.num_tokens, len(chunks), chunks.num_blocks
+        return self._captured(self._graphs.prompt_size_for(*sizes), HIDDEN)
 
     def _captured(self, size: StepSize, head: str) -> StepSize | None:
         if self._graphs is None or self._status not in ("eager", "ready"):
@@ -705,15 +693,12 @@ class Runner:
         return size
 
     def _replay(
-        self, size: StepSize, chunks: list[Chunk], batch: RowBatch, head: str
+        self, size: StepSize, chunks: Chunks, batch: RowBatch, head: str
     ) -> tuple[StepTensors, SamplingTensors, Tensor]:
         """Runs a step from the buffers of its size."""
         assert self._graphs is not None
         buffers = self._graphs.buffers(size, head)
-        host = buffers.host()
-        self._writer.write(host.step, chunks, size)
-        batch.write(*host.sampling)
-        buffers.upload(host)
+        buffers.write(chunks, batch, self._writer)
         sampling = SamplingTensors.of(buffers.sampling, batch)
         result = self._timed(self._graphs.run, size, sampling, head)
         return buffers.step, sampling, result
@@ -721,15 +706,16 @@ class Runner:
     # --- to the device and back ------------------------------------------------------------------
 
     def _upload(
-        self, chunks: Sequence[Chunk], size: StepSize, into: Tensor | None = None
-    ) -> Tensor:
-        """A step's bytes on the device, in one copy that the host does not wait for."""
+        self, chunks: Chunks, size: StepSize, into: Tensor | None = None
+    ) -> tuple[Tensor, np.ndarray]:
+        """A step's bytes on the device, in one copy that the host does not wait for, and the
+        positions of the tokens that are drawn."""
         pinned = self.device.type == "cuda"
         host = torch.empty(size.num_bytes, dtype=torch.uint8, pin_memory=pinned)
-        self._writer.write(size.arrays(host), chunks, size)
+        positions_R = self._writer.write(size.arrays(host), chunks, size)
         if into is not None:
-            return into.copy_(host, non_blocking=True)
-        return host.to(self.device, non_blocking=True)
+            return into.copy_(host, non_blocking=True), positions_R
+        return host.to(self.device, non_blocking=True), positions_R
 
     def _to_device(self, host: Tensor) -> Tensor:
         """Copied from pinned memory: the host does not wait."""

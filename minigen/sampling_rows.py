@@ -66,10 +66,11 @@ class Row:
     """One token to draw. Plain data, but for `counts`.
 
     `seed` is 64 bits (`params.seed`, or one that the engine chose), `sample` the index among the
-    request's `n`, `position` the absolute position that the token will have. `stop_ids` are ruled
-    out while there are fewer than `min_tokens` outputs, of which the last `num_pending` are not in
-    `output_token_ids` yet. `counts` carries the penalties' state from
-    step to step; without it the state is built anew from the ids at every step.
+    request's `n`, `position` the absolute position that the token will have (an engine's rows serve
+    many tokens, and `RowBatch.write` is given the positions). `stop_ids` are ruled out while there
+    are fewer than `min_tokens` outputs, of which the last `num_pending` are not in
+    `output_token_ids` yet. `counts` carries the penalties' state from step to step; without it the
+    state is built anew from the ids at every step.
     """
 
     params: SamplingParams
@@ -96,6 +97,7 @@ class Row:
                 self.sample,
                 params.min_tokens > 0 and bool(self.stop_ids),
                 bool(params.logit_bias) or params.has_penalties,
+                {None: -1, -1: _ALL}.get(params.logprobs, params.logprobs),
             ),
             _NUMBERS,
         ).tobytes()
@@ -120,50 +122,66 @@ _NUMBERS = np.dtype(
         ("sample", np.int64),
         ("may_mask", np.bool_),  # stop ids, as long as there are few outputs
         ("needs_edits", np.bool_),  # at every draw
+        ("num_logprobs", np.int64),  # -1: it wants none
     ]
 )
+_ALL = 2**62  # more log-probabilities than any vocabulary has
 
 
 class RowBatch:
     """The rows of a step as arrays, and what they need of the draw.
 
+    Serves all steps that draw for the same rows: only positions differ from one to the next.
+
     Attributes:
         mode: the cheapest way to draw that serves all rows.
-        needs_edits: whether some row does.
+        num_logprobs: the most log-probabilities that a row wants; None = no row any.
+        may_mask: whether some row rules stop ids out as long as it has few outputs.
     """
 
     def __init__(self, rows: Sequence[Row], vocab_size: int) -> None:
         self.rows, self.vocab_size = rows, vocab_size
         # Joining what each row keeps: 256 rows take 40 us with `write`; from their fields, 210.
-        self._numbers = np.frombuffer(b"".join([row.numbers for row in rows]), _NUMBERS)
-        top_k = self._numbers["top_k"]
+        numbers = np.frombuffer(b"".join([row.numbers for row in rows]), _NUMBERS)
+        self._temperature, self._top_p = numbers["temperature"], numbers["top_p"]
+        top_k = numbers["top_k"]
         self._top_k = np.where(top_k > 0, np.minimum(top_k, vocab_size), vocab_size)
+        self._ints_3R = np.stack([self._top_k, numbers["seed"], numbers["sample"]])
+        self._floats_3R = np.stack([numbers[name] for name in ("temperature", "top_p", "min_p")])
         self.mode: Mode = self._mode()
-        self.needs_edits = bool(self._numbers["needs_edits"].any()) or (
-            bool(self._numbers["may_mask"].any()) and any(row.masks_stop_ids for row in rows)
+        self.may_mask = bool(numbers["may_mask"].any())
+        self._always_edits = bool(numbers["needs_edits"].any())
+        most = int(numbers["num_logprobs"].max(initial=-1))
+        self.num_logprobs = None if most < 0 else most
+
+    @property
+    def needs_edits(self) -> bool:
+        """Whether some row does in this step."""
+        return self._always_edits or (
+            self.may_mask and any(row.masks_stop_ids for row in self.rows)
         )
 
     def _mode(self) -> Mode:
-        is_sampled = self._numbers["temperature"] > 0
+        is_sampled = self._temperature > 0
         if not is_sampled.any():
             return "greedy"
-        is_filtered = (self._top_k < self.vocab_size) | (self._numbers["top_p"] < 1)
+        is_filtered = (self._top_k < self.vocab_size) | (self._top_p < 1)
         filtered = self._top_k[is_sampled & is_filtered]
         if not len(filtered):
             return "plain"
         return "top_k" if filtered.max() <= MAX_CANDIDATES else "sort"
 
-    def write(self, ints_4R: np.ndarray, floats_3R: np.ndarray) -> None:
-        """Writes the rows as `SamplingTensors` holds them; what they leave over are greedy rows."""
-        num_rows, numbers = len(self.rows), self._numbers
-        positions = [row.position for row in self.rows]
-        columns = (self._top_k, numbers["seed"], numbers["sample"], positions)
-        for array, column in zip(ints_4R, columns, strict=True):
-            array[:num_rows] = column
-        for array, name in zip(floats_3R, ("temperature", "top_p", "min_p"), strict=True):
-            array[:num_rows] = numbers[name]
-        ints_4R[:, num_rows:] = np.array([[self.vocab_size], [0], [0], [0]])
-        floats_3R[:, num_rows:] = np.array([[0.0], [1.0], [0.0]])
+    def write(self, ints_4R: np.ndarray, floats_3R: np.ndarray, positions_R: np.ndarray) -> None:
+        """Writes the rows as `SamplingTensors` holds them; what they leave over are greedy rows.
+
+        positions_R: what each row draws for, int64.
+        """
+        num_rows = len(self.rows)
+        ints_4R[:3, :num_rows] = self._ints_3R
+        ints_4R[3, :num_rows] = positions_R
+        floats_3R[:, :num_rows] = self._floats_3R
+        ints_4R[:, num_rows:] = [[self.vocab_size], [0], [0], [0]]
+        floats_3R[:, num_rows:] = [[0.0], [1.0], [0.0]]
 
 
 @dataclass
@@ -219,22 +237,27 @@ class SamplingTensors:
 
         `into`: a uint8 tensor of `num_bytes(len(rows))` there, which the tensors are views of.
         """
-        return cls.from_batch(RowBatch(rows, vocab_size), len(rows), device, into)
+        positions_R = np.array([row.position for row in rows], np.int64)
+        return cls.from_batch(RowBatch(rows, vocab_size), positions_R, len(rows), device, into)
 
     @classmethod
     def from_batch(
         cls,
         batch: RowBatch,
+        positions_R: np.ndarray,
         num_rows: int,
         device: torch.device | str,
         into: Tensor | None = None,
     ) -> SamplingTensors:
-        """The same of `num_rows` rows, of which those that the batch does not have are greedy."""
+        """The same of `num_rows` rows, of which those that the batch does not have are greedy.
+
+        positions_R: what each of the batch's rows draws for, int64.
+        """
         device = torch.device(device)
         host = torch.zeros(
             cls.num_bytes(num_rows), dtype=torch.uint8, pin_memory=device.type == "cuda"
         )
-        batch.write(*cls.arrays(host, num_rows))
+        batch.write(*cls.arrays(host, num_rows), positions_R)
         if into is None:
             packed = host.to(device, non_blocking=True)
         else:

@@ -65,6 +65,18 @@ def resume_collection() -> None:
         gc.enable()
 
 
+def free_unheld() -> None:
+    """Collects garbage, also among what a start has left out of collections.
+
+    An engine that nobody holds any more is such garbage: what it is made of holds each other.
+    """
+    is_frozen = gc.get_freeze_count() > 0
+    gc.unfreeze()
+    gc.collect()
+    if is_frozen:
+        gc.freeze()
+
+
 @contextlib.contextmanager
 def compiler_imported(wanted: bool) -> Iterator[None]:
     """Imports torch's compiler in a thread, beside what is done within."""

@@ -5,7 +5,6 @@ is added are null tokens (slot -1), null sequences (kv_len 0) and null rows (a s
 which touch nothing that anybody owns.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minigen.scheduler import Chunk
+from minigen.scheduler import Chunks
 
 ALIGNMENT = 16  # bytes: a compiled function copies inputs that are less aligned than its example
 
@@ -47,15 +46,14 @@ class StepSize:
     width: int
 
     @classmethod
-    def of(cls, chunks: Sequence[Chunk]) -> "StepSize":
+    def of(cls, chunks: Chunks) -> "StepSize":
         """The least size for these chunks. The width is a power of two: kernels see few of them."""
-        num_blocks = max(len(chunk.sequence.blocks) for chunk in chunks)
-        num_rows = sum(chunk.samples for chunk in chunks)
+        num_rows = len(chunks.sampled)
         return cls(
-            max(2, sum(chunk.length for chunk in chunks)),
+            max(2, chunks.num_tokens),
             max(2, len(chunks)),
             max(2, num_rows) if num_rows else 0,
-            max(2, 1 << (num_blocks - 1).bit_length()),
+            max(2, 1 << (chunks.num_blocks - 1).bit_length()),
         )
 
     @cached_property
@@ -106,9 +104,9 @@ class StepSize:
 class StepWriter:
     """Writes chunks as the flat arrays of a step.
 
-    Keeps each device row's blocks as a line of a table: most sequences of a step got no block since
-    the last one, and numpy gathers the lines. 256 sequences of 32 blocks take 0.11 ms; written anew
-    from each sequence's list they took 0.56.
+    Keeps the blocks of each device row as a line of a table, from which numpy gathers: it is told
+    of a sequence's blocks when that gets a row, and of each that it grows by. So it must be given
+    all chunks that a scheduler makes, but for those that `Scheduler.reset` has undone.
 
     Args:
         num_rows: rows of device state that sequences may own.
@@ -123,71 +121,75 @@ class StepWriter:
         self._block_size, self._spare_row = block_size, spare_row
         self._long_rope_row = long_rope_row
         self._table_MW = np.zeros((num_rows, num_blocks), np.int32)
-        # The list whose blocks a line holds, and how many of them. A sequence's list only grows;
-        # one that is admitted again has another.
-        self._lists: list[list[int] | None] = [None] * num_rows
-        self._counts = [0] * num_rows
+        self._rope_rows_M = np.zeros(num_rows, np.int64)  # added to a position
 
-    def write(self, arrays: dict[str, np.ndarray], chunks: Sequence[Chunk], size: StepSize) -> None:
-        """Writes the chunks into `size.arrays` of a buffer; what they leave over becomes null."""
-        sequences, starts, lengths, samples = zip(*chunks, strict=True) if chunks else ((),) * 4
-        num_seqs = len(chunks)
-        lines = [sequence.row for sequence in sequences]
-        for row, sequence in zip(lines, sequences, strict=True):
-            blocks = sequence.blocks
-            if self._lists[row] is not blocks or self._counts[row] != len(blocks):
-                self._copy_blocks(row, blocks)
-        rows = np.array(lines, np.int64)
-        starts_S, lengths_S = np.array(starts, np.int64), np.array(lengths, np.int64)
-        ends = lengths_S.cumsum()
-        begins, num_tokens = ends - lengths_S, sum(lengths)
+    def write(
+        self,
+        arrays: dict[str, np.ndarray],
+        chunks: Chunks,
+        size: StepSize,
+        num_filled: int | None = None,
+    ) -> np.ndarray:
+        """Writes the chunks into `size.arrays` of a buffer; what they leave over becomes null.
 
-        offsets = arrays["cu_seqlens_S1"]
+        num_filled: columns of the block table that may hold something; None: all.
+        Returns the positions of the tokens that are drawn, int64 [len(chunks.sampled)].
+        """
+        self._take_blocks(chunks)
+        prompts, num_decodes, num_seqs = chunks.prompts, len(chunks.decodes), len(chunks)
+        sequences = chunks.decodes + [chunk.sequence for chunk in prompts]
+        rows_S = np.array([sequence.row for sequence in sequences], np.int64)
+        starts_S = np.array(chunks.starts + [chunk.start for chunk in prompts], np.int64)
+        # Of steps that only decode, what is said of sequences holds for tokens and draws, too.
+        ends_S, kv_lens_S = np.arange(1, num_seqs + 1), starts_S + 1
+        token_rows_T, positions_T, tokens_T = rows_S, starts_S, np.array(chunks.tokens, np.int64)
+        is_sampled_S: np.ndarray | slice = slice(None)
+        if prompts:
+            lengths_S = np.ones(num_seqs, np.int64)
+            lengths_S[num_decodes:] = [chunk.length for chunk in prompts]
+            ends_S, kv_lens_S = lengths_S.cumsum(), starts_S + lengths_S
+            which_T = np.arange(num_seqs).repeat(lengths_S)
+            token_rows_T = rows_S[which_T]
+            positions_T = np.arange(len(which_T)) + (kv_lens_S - ends_S)[which_T]
+            known = [s.tokens[start : start + length] for s, start, length, _ in prompts]
+            tokens_T = np.concatenate([tokens_T, *(np.array(ids, np.int64) for ids in known)])
+            is_sampled_S = np.ones(num_seqs, bool)
+            is_sampled_S[num_decodes:] = [chunk.samples for chunk in prompts]
+
+        offsets, num_tokens = arrays["cu_seqlens_S1"], len(tokens_T)
         offsets[0] = 0
-        offsets[1 : num_seqs + 1] = ends
+        offsets[1 : num_seqs + 1] = ends_S
         # Null sequences take one null token each, as far as there are any.
         null_ends = np.arange(num_tokens + 1, num_tokens + 1 + size.num_seqs - num_seqs)
         offsets[num_seqs + 1 :] = np.minimum(null_ends, size.num_tokens)
         offsets[-1] = size.num_tokens
-        arrays["kv_lens_S"][:num_seqs] = starts_S + lengths_S
-        arrays["kv_lens_S"][num_seqs:] = 0
-        table, width = arrays["block_table_SW"], min(size.width, self._table_MW.shape[1])
-        table[:num_seqs, :width] = self._table_MW[rows, :width]
-        table[:num_seqs, width:] = 0
-        table[num_seqs:] = 0
-
-        which = np.arange(num_seqs).repeat(lengths_S)
-        positions = np.arange(num_tokens) + (starts_S - begins)[which]
-        num_known = [len(sequence.tokens) for sequence in sequences]
-        known: list[int] = []
-        for sequence, start, length, num in zip(sequences, starts, lengths, num_known, strict=True):
-            if start < num:
-                known += sequence.tokens[start : start + length]
-        tokens = np.full(num_tokens, -1)  # pending: still on the device
-        tokens[positions < np.array(num_known, np.int64)[which]] = known
-        token_rows = rows[which]
-        block, offset = np.divmod(positions, self._block_size)
-        slots = self._table_MW[token_rows, block].astype(np.int64) * self._block_size + offset
-        has_long = [sequence.long_rope for sequence in sequences]
-        if any(has_long):
-            positions += self._long_rope_row * np.array(has_long)[which]
-        is_sampled = np.array(samples, bool)
+        table_SW, width = arrays["block_table_SW"], chunks.num_blocks
+        table_SW[:num_seqs, :width] = self._table_MW[rows_S, :width]
+        table_SW[:num_seqs, width:num_filled] = 0
+        table_SW[num_seqs:, :num_filled] = 0
+        block_T, offset_T = np.divmod(positions_T, self._block_size)
+        slots_T = self._table_MW[token_rows_T, block_T].astype(np.int64) * self._block_size
         for name, values, null in (
-            ("tokens_T", tokens, 0),
-            ("token_rows_T", token_rows, self._spare_row),
-            ("positions_T", positions, 0),
-            ("slots_T", slots, -1),
-            ("last_R", (ends - 1)[is_sampled], 0),
-            ("rows_R", rows[is_sampled], self._spare_row),
+            ("tokens_T", tokens_T, 0),
+            ("token_rows_T", token_rows_T, self._spare_row),
+            ("positions_T", positions_T + self._rope_rows_M[token_rows_T], 0),
+            ("slots_T", slots_T + offset_T, -1),
+            ("kv_lens_S", kv_lens_S, 0),
+            ("last_R", ends_S[is_sampled_S] - 1, 0),
+            ("rows_R", rows_S[is_sampled_S], self._spare_row),
         ):
             array = arrays[name]
             array[: len(values)] = values
             array[len(values) :] = null
+        return kv_lens_S[is_sampled_S]
 
-    def _copy_blocks(self, row: int, blocks: list[int]) -> None:
-        line = self._table_MW[row]
-        # Only what is new, where the list has grown.
-        begin = self._counts[row] if self._lists[row] is blocks else 0
-        line[begin : len(blocks)] = blocks[begin:]
-        line[len(blocks) :] = 0
-        self._lists[row], self._counts[row] = blocks, len(blocks)
+    def _take_blocks(self, chunks: Chunks) -> None:
+        for sequence in chunks.admitted:
+            row, num_blocks = sequence.row, len(sequence.blocks)
+            self._table_MW[row, :num_blocks] = sequence.blocks
+            self._table_MW[row, num_blocks:] = 0
+            self._rope_rows_M[row] = self._long_rope_row * sequence.long_rope
+        if chunks.grown:
+            rows = [sequence.row for sequence in chunks.grown]
+            at = [len(sequence.blocks) - 1 for sequence in chunks.grown]
+            self._table_MW[rows, at] = [sequence.blocks[-1] for sequence in chunks.grown]

@@ -8,6 +8,9 @@ from minigen.weights.tokenizer import Tokenizer
 class TextStream:
     """Text of one sample. It only grows: what may become a stop string is held back.
 
+    Without stop strings tokens are decoded when the text is read. Who does not read it after each
+    token, but at the end, spares nearly all of the time that this takes.
+
     Args:
         tokenizer: None gives empty text.
         stop: strings that end the sample.
@@ -27,17 +30,25 @@ class TextStream:
         self._stop, self._include_stop = stop, include_stop
         self._all = ""
         self._num_shown = 0
+        self._unread: list[int] = []  # tokens that are not in `_all` yet
 
-    @property
-    def text(self) -> str:
+    def read(self) -> str:
+        if self._unread and self._stream:
+            self._all += self._stream.push_all(self._unread)
+            self._num_shown = len(self._all)
+            self._unread.clear()
         return self._all[: self._num_shown]
 
     def push(self, token_id: int, may_stop: bool = True) -> str | None:
         """Takes a token -> the stop string that ended the text, if one did."""
+        if not self._stop:
+            self._unread.append(token_id)
+            return None
         return self._take(self._stream.push(token_id), may_stop) if self._stream else None
 
     def flush(self, may_stop: bool = True) -> str | None:
         """No token follows: shows what was held back -> the stop string found in it, if any."""
+        self.read()
         found = self._take(self._stream.flush(), may_stop) if self._stream else None
         if found is None:
             self._num_shown = len(self._all)

@@ -2,10 +2,12 @@
 
 import contextlib
 import functools
+import gc
 import json
 import random
 import re
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -966,17 +968,20 @@ def test_what_edits_logits_reaches_each_request(
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-def test_log_probabilities_are_those_of_the_own_row(overlap: bool) -> None:
+@pytest.mark.parametrize("wanted", [(None, 0, 3), (None, 2, -1)])
+def test_log_probabilities_are_those_of_the_own_row(overlap: bool, wanted) -> None:
     made, many = engine(overlap=overlap), [[1, 2, 3], [9, 8, 7, 6], [5]]
     for i, prompt in enumerate(many):
-        params = SamplingParams(seed=i, max_tokens=6, ignore_eos=True, logprobs=(None, 0, 3)[i])
+        params = SamplingParams(seed=i, max_tokens=6, ignore_eos=True, logprobs=wanted[i])
         made.add_request(str(i), prompt, params)
     found = {}
     while made.has_unfinished():
         found.update({int(o.request_id): o.outputs[0] for o in made.step() if o.finished})
     assert found[0].logprobs is None
-    for i, top in ((1, 0), (2, 3)):
+    for i in (1, 2):
+        top = VOCAB if wanted[i] == -1 else wanted[i]
         total = 0.0
+        assert len(found[i].logprobs) == 6
         for at, entries in enumerate(found[i].logprobs):
             token = found[i].token_ids[at]
             logits = logits_after(many[i] + found[i].token_ids[:at])
@@ -1085,6 +1090,55 @@ def test_a_request_scored_before_long_rope_is_not_scored_again() -> None:
     assert all(scores == told[0] for scores in told)
 
 
+def test_what_was_told_before_has_not_finished() -> None:
+    made, told = engine(), []
+    made.add_request("a", [1, 2, 3], SamplingParams(max_tokens=3, ignore_eos=True))
+    while made.has_unfinished():
+        told += made.step()
+    assert [output.finished for output in told] == [False, False, True]
+    assert all(output.outputs[0] is told[-1].outputs[0] for output in told)
+
+
+@given(st.integers(0, 999), st.booleans(), st.sampled_from([None, ["D", "FG"]]))
+def test_text_does_not_depend_on_when_it_is_told(seed: int, overlap: bool, stop) -> None:
+    params = SamplingParams(seed=seed, max_tokens=12, stop=stop, ignore_eos=True)
+    texts: list[dict[int, str]] = []  # by number of tokens
+    for untold in (0, 5, None):
+        made, found = engine(tokenizer=letters(), overlap=overlap), {}
+        made.add_request("a", [1, 2, 3], params)
+        for _ in range(untold or 0):
+            made.step(only=[])
+        while made.has_unfinished():
+            for output in made.step(only_finished=untold is None):
+                found[len(output.outputs[0].token_ids)] = output.outputs[0].text
+        texts.append(found)
+    every, late, last = texts
+    if stop is None:  # nothing is held back
+        prompt, ids = [1, 2, 3], output.outputs[0].token_ids
+        whole = {n: letters().decode([*prompt, *ids[:n]]) for n in range(1, 13)}
+        assert every == {n: text[len(letters().decode(prompt)) :] for n, text in whole.items()}
+    assert late == {num: every[num] for num in late}
+    assert last == {num: every[num] for num in [max(every)]}
+
+
+def test_a_request_leaves_nothing_to_be_collected() -> None:
+    made = engine()
+    gc.collect()
+    gc.disable()
+    try:
+        made.add_request("aborted", [1, 2, 3])
+        aborted = weakref.ref(made._requests["aborted"].output)
+        made.add_request("a", [1, 2, 3], SamplingParams(max_tokens=3))
+        finished = weakref.ref(made._requests["a"].output.outputs[0])
+        made.abort("aborted")
+        while made.has_unfinished():
+            made.step()
+        made.step()  # until then it is what the last step has sampled
+        assert (aborted(), finished()) == (None, None)
+    finally:
+        gc.enable()
+
+
 def test_penalties_take_memory_only_while_a_request_runs() -> None:
     made = engine(max_num_seqs=2)
     params = SamplingParams(repetition_penalty=1.2, max_tokens=3, ignore_eos=True)
@@ -1092,7 +1146,8 @@ def test_penalties_take_memory_only_while_a_request_runs() -> None:
         made.add_request(str(i), [1, 2, 3], params)
     while made.has_unfinished():
         made.step()
-        counted = [s for s in made._sample_of.values() if s.row.counts is not None]
+        samples = [s for request in made._requests.values() for s in request.samples]
+        counted = [s for s in samples if s.draw.counts is not None]
         assert len(counted) <= 2
 
 

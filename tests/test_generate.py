@@ -172,8 +172,8 @@ def test_queue_stays_short(job, loaded, monkeypatch):
         longest = max(longest, len(queued))
         return add_request(request_id, prompt, params)
 
-    def spy_step():
-        outputs = step()
+    def spy_step(**options):
+        outputs = step(**options)
         queued.difference_update(output.request_id for output in outputs if output.finished)
         return outputs
 

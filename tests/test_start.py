@@ -87,6 +87,24 @@ print(gc.isenabled(), gc.get_freeze_count() > 1000)
     assert python(code) == "True True"
 
 
+def test_an_engine_that_nobody_holds_is_freed_although_a_start_made_it() -> None:
+    code = """
+import gc, weakref
+from minigen import LLM, start
+start.pause_collection()
+llm = LLM(compile="eager", device="cpu", progress=False)
+start.resume_collection()
+cache = weakref.ref(llm.engine.runner.caches[0][0])
+del llm
+start.free_unheld()
+print(cache(), gc.get_freeze_count() > 1000)
+gc.unfreeze()
+start.free_unheld()
+print(gc.get_freeze_count())
+"""
+    assert python(code) == "None True\n0"
+
+
 def test_a_program_that_collects_goes_on_as_it_was() -> None:
     frozen = gc.get_freeze_count()
     assert gc.isenabled()

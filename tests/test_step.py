@@ -8,13 +8,15 @@ from hypothesis import strategies as st
 
 from minigen.buffers import HostCopies, StepBuffers
 from minigen.cache import BlockPool
-from minigen.scheduler import Chunk, Scheduler, Sequence
-from minigen.step import StepSize, StepWriter
+from minigen.sampling_params import SamplingParams
+from minigen.sampling_rows import Row, RowBatch
+from minigen.scheduler import Chunks, Scheduler, Sequence
+from minigen.step import StepSize, StepTensors, StepWriter
 
 NUM_ROWS, BLOCK_SIZE, MOST_BLOCKS, LONG = 4, 2, 16, 100
 
 
-def expected(chunks: list[Chunk], size: StepSize) -> dict[str, list]:
+def expected(chunks: Chunks, size: StepSize) -> dict[str, list]:
     """The oracle: token by token, then null ones."""
     found: dict[str, list] = {
         name: [] for name in ("tokens_T", "token_rows_T", "positions_T", "slots_T")
@@ -52,14 +54,33 @@ def expected(chunks: list[Chunk], size: StepSize) -> dict[str, list]:
     }
 
 
-@given(st.integers(0, 2**32), st.booleans(), st.integers(0, 3))
-def test_a_written_step_is_the_schedulers(seed: int, overlap: bool, padding: int) -> None:
+def written(
+    chunks: Chunks, writer: StepWriter, buffers: StepBuffers | None, size: StepSize
+) -> tuple[StepTensors, list[int]]:
+    """A step in kept buffers, or in bytes that were not empty; and the positions of its draws."""
+    if buffers is None:
+        whole = torch.full((size.num_bytes,), 77, dtype=torch.uint8)
+        positions_R = writer.write(size.arrays(whole), chunks, size)
+        return size.views(whole), positions_R.tolist()
+    params = SamplingParams()
+    rows = [Row(params, i, 0, 0, (), ()) for i in range(len(chunks.sampled))]
+    buffers.write(chunks, RowBatch(rows, vocab_size=5), writer)
+    *_, seed_R, _, position_R = buffers.sampling
+    assert seed_R[: len(rows)].tolist() == list(range(len(rows)))
+    return buffers.step, position_R[: len(rows)].tolist()
+
+
+@given(st.integers(0, 2**32), st.booleans(), st.integers(0, 3), st.booleans())
+def test_a_written_step_is_the_schedulers(
+    seed: int, overlap: bool, padding: int, keep: bool
+) -> None:
     """Sequences grow, are preempted, end, and leave their rows to others."""
     rng = random.Random(seed)
     scheduler = Scheduler(BlockPool(MOST_BLOCKS, BLOCK_SIZE), NUM_ROWS, 9, rope_switch=12)
     writer = StepWriter(NUM_ROWS, MOST_BLOCKS, BLOCK_SIZE, spare_row=NUM_ROWS, long_rope_row=LONG)
-    in_flight: list[list[Chunk]] = []
-    buffers: dict[StepSize, torch.Tensor] = {}  # with what the steps before left in them
+    in_flight: list[Chunks] = []
+    hosts = HostCopies(torch.device("cpu"))
+    kept: dict[StepSize, StepBuffers] = {}  # with what the steps before left in them
     for _ in range(40):
         if rng.random() < 0.5 and len(scheduler.waiting) < 3:
             prompt = [rng.randrange(3) for _ in range(rng.randint(1, 10))]
@@ -73,11 +94,12 @@ def test_a_written_step_is_the_schedulers(seed: int, overlap: bool, padding: int
                 least.num_tokens + padding, least.num_seqs + padding, least.num_rows + padding,
                 least.width * (1 + padding),
             )  # fmt: skip
-            buffer = buffers.setdefault(size, torch.zeros(size.num_bytes, dtype=torch.uint8))
-            writer.write(size.arrays(buffer), chunks, size)
-            views = size.views(buffer)
+            if keep and size not in kept:
+                kept[size] = StepBuffers(size, torch.device("cpu"), hosts)
+            step, positions = written(chunks, writer, kept.get(size), size)
             for name, values in expected(chunks, size).items():
-                assert getattr(views, name).tolist() == values, name
+                assert getattr(step, name).tolist() == values, name
+            assert positions == [start + length for _, start, length, draws in chunks if draws]
         in_flight.append(chunks)
         while len(in_flight) > overlap:
             for chunk in in_flight.pop(0):
@@ -112,3 +134,51 @@ def test_steps_of_all_sizes_fill_two_pieces_by_turns() -> None:
         small.upload(host)
         assert small.step.tokens_T.tolist() == [token] * 2
         assert host.whole.data_ptr() not in pieces
+
+
+class Serving:
+    """A scheduler and the steps in flight, driven by numbers that another one may be given, too."""
+
+    def __init__(self, caching: bool, rope_switch: int) -> None:
+        self.pool = BlockPool(MOST_BLOCKS, BLOCK_SIZE, caching)
+        self.scheduler = Scheduler(self.pool, NUM_ROWS, 9, rope_switch)
+        self.added: list[Sequence] = []
+        self.in_flight: list[Chunks] = []
+
+    def step(self, rng: random.Random, overlap: bool) -> tuple[object, ...]:
+        """A few things that may happen, and what is then scheduled and kept."""
+        if rng.random() < 0.5 and len(self.scheduler.waiting) < 3:
+            prompt = [rng.randrange(3) for _ in range(rng.randint(1, 10))]
+            draws, cached = rng.random() < 0.8, rng.random() < 0.8
+            most = len(prompt) + draws * rng.randint(1, 12)
+            self.added.append(Sequence(prompt, most, draws, use_prefix_cache=cached))
+            self.scheduler.add(self.added[-1])
+        chunks = self.scheduler.schedule()
+        self.in_flight.append(chunks)
+        while len(self.in_flight) > overlap:
+            for sequence, start, length, draws in self.in_flight.pop(0):
+                end = start + length == sequence.max_length
+                if draws and not sequence.finished:
+                    sequence.num_pending -= 1
+                    sequence.tokens.append(rng.randrange(3))
+                    end = len(sequence.tokens) == sequence.max_length
+                if end and not sequence.finished:
+                    self.scheduler.finish(sequence)
+        places = [(self.added.index(chunk.sequence), *chunk[1:]) for chunk in chunks]
+        blocks = [sequence.blocks for sequence in self.added]
+        return places, blocks, self.pool.num_cached, self.scheduler.num_preemptions
+
+
+@given(st.integers(0, 2**32), st.booleans(), st.booleans(), st.sampled_from([0, 12, 13]))
+def test_nothing_is_due_where_a_sequence_only_goes_on(
+    seed: int, overlap: bool, caching: bool, rope_switch: int
+) -> None:
+    """Steps are those of a scheduler that looks at all that may be due at every token."""
+    rng = random.Random(seed)
+    short, long = (Serving(caching, rope_switch) for _ in range(2))
+    for _ in range(40):
+        happens = rng.random()
+        for sequence in long.scheduler.running:
+            sequence.next_due = 0
+        found, expected = (s.step(random.Random(happens), overlap) for s in (short, long))
+        assert found == expected

@@ -165,6 +165,20 @@ def test_pieces_join_to_what_they_add_to_a_prompt(name, load, data, skip):
     assert "".join(streamed(tokenizer, ids, skip, prompt)) == added
 
 
+@pytest.mark.parametrize("name", [*BUILT, *REAL])
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), skip=st.booleans())
+def test_many_tokens_give_what_they_give_one_by_one(name, load, data, skip):
+    tokenizer = load(name)
+    # Bytes, of which characters are left unfinished, control tokens, and whatever else there is.
+    token_ids = st.integers(-1, tokenizer.vocab_size + 2) | st.integers(0, 260)
+    prompt, *parts = data.draw(st.lists(st.lists(token_ids, max_size=20), min_size=1, max_size=4))
+    one, many = (tokenizer.stream(skip, prompt) for _ in range(2))
+    for part in parts:
+        assert many.push_all(part) == "".join([one.push(i) for i in part])
+    assert many.flush() == one.flush()
+
+
 def test_a_continuation_is_no_start_of_a_text(load):
     tokenizer = load("metaspace")
     end, start = tokenizer.encode("<|im_end|>", False), tokenizer.encode("a", False)

@@ -33,6 +33,7 @@ from minigen.measure import (
 from minigen.outputs import RequestOutput
 from minigen.report import bar, print_document, table
 from minigen.sampling_params import SamplingParams
+from minigen.start import free_unheld
 from tools.common import Plot, model_config, parser, run, tokens_of
 
 CPU_BATCHES, GPU_BATCHES = (1, 2, 4, 8, 16, 32), (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -278,7 +279,7 @@ def main(args: argparse.Namespace) -> None:
 def _free(device: torch.device) -> None:
     """Takes back the memory of an engine that nobody holds any more."""
     torch.compiler.reset()  # what is compiled holds on to its weights and cache
-    gc.collect()
+    free_unheld()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
@@ -286,7 +287,7 @@ def _free(device: torch.device) -> None:
 def _load(args: argparse.Namespace, config: dict[str, Any] | None, **options: Any) -> LLM:
     options = {"num_cache_blocks": args.num_cache_blocks} | options
     seqs = options["max_num_seqs"]
-    return load_llm(
+    llm = load_llm(
         args,
         config=config,
         max_num_batched_tokens=max(2048, 4 * seqs),  # so that prompts come in beside the decodes
@@ -294,6 +295,9 @@ def _load(args: argparse.Namespace, config: dict[str, Any] | None, **options: An
         seed=args.seed,
         **options,
     )
+    gc.collect()
+    gc.freeze()  # as the commands that serve: collections leave out what a start has made
+    return llm
 
 
 def _print(
