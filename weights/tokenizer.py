@@ -252,7 +252,7 @@ class DecodeStream:
         return self._give(text)
 
     def push_all(self, token_ids: Sequence[int]) -> str:
-        """The pieces of many tokens, joined. 512 take 0.3 ms, one by one 5.5."""
+        """The pieces of many tokens, joined. 512 take 0.9 ms, one by one 5.4."""
         first, last = token_ids[:-_NUM_LAST], token_ids[-_NUM_LAST:]
         num_before = len(self._window)
         self._window += [token_id for token_id in first if self._has_text(token_id)]
