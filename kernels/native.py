@@ -6,6 +6,7 @@ without them, slower: no compiler, no headers or a dtype that they do not know l
 to torch.
 """
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,20 @@ def load() -> None:
         torch.library.register_fake("minigen::native_decoder_layers", _fake_decoder_layers)
         _State.registered = True
     _State.serving = True
+
+
+def load_if_possible() -> None:
+    """`load`, or a warning that says why torch's kernels serve instead."""
+    try:
+        load()
+    # Without a compiler what is compiled next fails, too, and says so; all else is only slower.
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        warnings.warn(
+            f"minigen's CPU kernels could not be built, torch's serve in their place: "
+            f"{type(error).__name__}: {reason[0] if reason else 'no reason'}",
+            stacklevel=2,
+        )
 
 
 def unload() -> None:

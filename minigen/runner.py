@@ -337,7 +337,7 @@ class Runner:
     def _compile(self, num_threads: int) -> None:
         torch.set_num_threads(num_threads)  # a new thread starts with its own number
         if self.device.type == "cpu":
-            self._load_native()
+            native.load_if_possible()
         share_triton_cache(self.device)
         try:
             # The compile cache takes no notice of bounds, and what it kept for others is refused.
@@ -456,19 +456,6 @@ class Runner:
             for queries in sizes:
                 size = StepSize(num_tokens=2 * queries, num_seqs=2, num_rows=0, width=width)
                 hidden(*self._hidden_inputs(self._null_step(size)))
-
-    @staticmethod
-    def _load_native() -> None:
-        try:
-            native.load()
-        # Without a compiler the next step fails, too, and says so; all else is only slower.
-        except Exception as error:
-            reason = str(error).strip().splitlines()
-            warnings.warn(
-                f"minigen's CPU kernels could not be built, torch's serve in their place: "
-                f"{type(error).__name__}: {reason[0] if reason else 'no reason'}",
-                stacklevel=2,
-            )
 
     @property
     def _most_tokens(self) -> int:

@@ -38,6 +38,17 @@ def test_they_serve_without_gradients_only() -> None:
     assert not native.serves(x)
 
 
+def test_a_machine_that_cannot_build_them_is_told_why(monkeypatch) -> None:
+    def load() -> None:
+        raise RuntimeError("no C++ compiler\nand more about it")
+
+    native.unload()
+    monkeypatch.setattr(native, "load", load)
+    with pytest.warns(UserWarning, match=r"could not be built.*: RuntimeError: no C\+\+ compiler$"):
+        native.load_if_possible()
+    assert not native.serves(torch.ones(1))
+
+
 @given(cases(DTYPES))
 @example(DECODE)
 @example(dataclasses.replace(DECODE, window_size=(600, -1), dtype=torch.bfloat16))

@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 from minigen import LLM, SamplingParams, measure, workloads
 from minigen.__main__ import main
 from minigen.bench_options import read_goodput
+from minigen.kernels import native
 from minigen.measure import Cost, StepMeter, percentile, percentiles
 from minigen.model import Decoder, DecoderConfig, jagged
 from minigen.report import number, table
@@ -447,8 +448,15 @@ def small_decoder(kind: str, dtype: torch.dtype = torch.float32) -> Decoder:
     kind=st.sampled_from(sorted(CONFIGS)),
     lengths=st.lists(st.integers(1, 20), min_size=2, max_size=5),
     num_steps=st.integers(1, 3),
+    native_kernels=st.booleans(),
 )
-def test_the_four_ways_agree(kind: str, lengths: list[int], num_steps: int) -> None:
+def test_the_four_ways_agree(
+    kind: str, lengths: list[int], num_steps: int, native_kernels: bool
+) -> None:
+    if native_kernels:
+        native.load()
+    else:
+        native.unload()
     decoder = small_decoder(kind)
     rng = random.Random(0)
     prompts = [[rng.randrange(512) for _ in range(length)] for length in lengths]
@@ -582,6 +590,25 @@ def test_the_check_takes_the_first_of_long_prompts(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(compare_batching, "CHECKED_STEPS", 1)
     compare_small("--compile", "eager", "--lengths", "one-long", "--phases", "prefill", "decode")
     assert checked == [([40, 16, 16], [1, 3], ["prefill", "decode"])]
+
+
+@pytest.mark.parametrize(("mode", "serve"), [("default", True), ("eager", False)])
+def test_steps_are_timed_with_the_kernels_that_an_engine_runs(
+    mode: str, serve: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served: list[bool] = []
+
+    def look(*_: object) -> Any:
+        served.append(native.serves(torch.ones(1)))
+        return {}  # nothing found
+
+    monkeypatch.setattr(compare_batching, "check_agreement", look)
+    monkeypatch.setattr(compare_batching, "measure", look)
+    monkeypatch.setattr(compare_batching, "StepModels", look)
+    monkeypatch.setattr(compare_batching, "lengths_of", lambda *_: [1, 1])  # nothing to train on
+    compare_small("--compile", mode, "--lengths", "uniform")
+    # The check, each way, and training, which has torch's kernels.
+    assert served == [serve] * (1 + len(WAYS)) + [False]
 
 
 def compare_small(*arguments: str) -> None:

@@ -13,8 +13,9 @@ uncompiled, of at most 16 of the sequences, cut to 512 tokens. For the forward o
 (forward, chunked cross-entropy, backward, clipping, AdamW) these are losses and gradients of all
 samples, in the dtype and compiled as they are timed. Each way compiles its layer once for all
 layers and lengths, with dynamic sizes. On a GPU prefills and decode steps are replayed from CUDA
-graphs, so that no way waits for the host. Where the real rows and keys lie, known from the lengths,
-is found before the clock starts.
+graphs, so that no way waits for the host; on a CPU all ways have the engine's native kernels, where
+they are compiled. Where the real rows and keys lie, known from the lengths, is found before the
+clock starts.
 
 Padding is the share of computed token rows that nobody asked for; in decoding, the share of the
 cache's rows that hold no token after the last step. Tokens a second count real tokens only. MFU is
@@ -41,6 +42,7 @@ from tqdm import tqdm
 from minigen.bench_options import model_dtype
 from minigen.cli import positive
 from minigen.flops import peak_flops_of
+from minigen.kernels import native
 from minigen.llm import device_of
 from minigen.measure import environment, percentile, seconds_of, spans_of
 from minigen.model import Decoder, DecoderConfig
@@ -342,6 +344,8 @@ def _serve(
     ]
     steps_NS = torch.tensor(steps, device=device)
     wrap = compiler(args.compile)
+    if device.type == "cpu" and args.compile != "eager":
+        native.load_if_possible()  # as the engine does
     agreement: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
     # Sizes are dynamic: all lengths run what the first ones have compiled. Nothing may run
@@ -386,6 +390,7 @@ def _train(
     """(agreement by lengths, rows) of the training step and of its forward."""
     agreement: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
+    native.unload()  # `minigen train` runs on torch's kernels
     # What the serving phases have compiled must not burden a step. Sizes are dynamic: all lengths
     # run what the first ones have compiled.
     torch.compiler.reset()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import Tensor
+from torch import Tensor, nn
 
 from minigen.kernels import varlen_attention
 from minigen.model import Attention, Block, Decoder, apply_rope
@@ -41,15 +41,19 @@ def block_output(
     def rotated(x_BLXD: Tensor) -> Tensor:
         return apply_rope(x_BLXD.flatten(0, 1), cos_TR, sin_TR).view_as(x_BLXD)
 
-    qkv = attention.qkv_proj(block.input_norm(x_BLE)).unflatten(-1, (H + 2 * K, D))
+    # As rows: the CPU's kernel for few of them takes no rectangle.
+    def by_row(layer: nn.Module, x_BLE: Tensor) -> Tensor:
+        return layer(x_BLE.flatten(0, 1)).view(*x_BLE.shape[:2], -1)
+
+    qkv = by_row(attention.qkv_proj, block.input_norm(x_BLE)).unflatten(-1, (H + 2 * K, D))
     q_BLHD, k_BLKD, v_BLKD = qkv.split((H, K, K), 2)
     if config.qk_norm:
         q_BLHD, k_BLKD = attention.q_norm(q_BLHD), attention.k_norm(k_BLKD)
     if attention.rotates:
         q_BLHD, k_BLKD = rotated(q_BLHD), rotated(k_BLKD)
-    out = attention.o_proj(attend(attention, q_BLHD, k_BLKD, v_BLKD).flatten(2))
+    out = by_row(attention.o_proj, attend(attention, q_BLHD, k_BLKD, v_BLKD).flatten(2))
     x_BLE = x_BLE + (block.post_attention_norm(out) if block.post_attention_norm else out)
-    out = block.mlp(block.mlp_norm(x_BLE))
+    out = by_row(block.mlp, block.mlp_norm(x_BLE))
     return x_BLE + (block.post_mlp_norm(out) if block.post_mlp_norm else out)
 
 
