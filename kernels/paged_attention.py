@@ -286,11 +286,13 @@ def choose_whole_tiles(num_splits: int, num_programs: int, num_tiles: int, num_s
     return next(longer, num_tiles + 1) - 1
 
 
-def reckon_steps(num_programs: int, splits: int, num_tiles: int, num_slots: int) -> float:
+def reckon_steps(
+    num_programs: int, splits: int, num_tiles: int, num_slots: int, in_flight: int = 2
+) -> float:
     """What a launch takes by the reckoning of `choose_num_splits`, in tiles of keys."""
     waves = max(math.ceil(2 * num_programs * splits / num_slots) / 2, 1)
     merge = 0 if splits == 1 else 2 + splits / 32
-    return waves * (math.ceil(num_tiles / splits) + 2) + merge
+    return waves * (math.ceil(num_tiles / splits) + in_flight) + merge
 
 
 def gains_by_depth(num_programs: int, num_tiles: int, num_slots: int, deep_slots: int) -> bool:
@@ -305,22 +307,8 @@ def gains_by_depth(num_programs: int, num_tiles: int, num_slots: int, deep_slots
     """
     if num_programs <= num_slots:
         return False
-
-    def time(slots: int, tiles_in_flight: int) -> float:
-        waves = math.ceil(2 * num_programs / slots) / 2
-        return waves * (num_tiles + tiles_in_flight) * slots
-
-    return time(deep_slots, 3) < 0.95 * time(num_slots, 2)
-
-
-def deeper(tile: Tile, itemsize: int, shared_bytes: int) -> Tile | None:
-    """The same tile with three tiles of keys in flight where it has two, as Triton's pipeliner
-    counts (`choose_tile`); None where it has not, or where three do not fit."""
-    row_bytes = tile.block_d * itemsize
-    spare_bytes = shared_bytes - tile.block_m * row_bytes - 8 * 1024
-    if tile.num_stages != 5 or spare_bytes < 3 * 2 * tile.block_n * row_bytes:
-        return None
-    return tile._replace(num_stages=7)
+    three = reckon_steps(num_programs, 1, num_tiles, deep_slots, in_flight=3) * deep_slots
+    return three < 0.95 * reckon_steps(num_programs, 1, num_tiles, num_slots) * num_slots
 
 
 @functools.cache
@@ -401,16 +389,14 @@ def paged_attention_triton(
         and fits_gluon(q_THD, *_rows_of(k_cache_NBKD, v_cache_NBKD), softcap)
     )
     for queries, number in launches:
-        chosen = tile or choose_tile(
-            number, group, head_dim, q_THD.element_size(), shared_bytes_of(q_THD.device), paged=True
-        )
+        sizes = (number, group, head_dim, q_THD.element_size(), shared_bytes_of(q_THD.device))
+        chosen = tile or choose_tile(*sizes, paged=True)
         needs = _needs(q_THD, k_cache_NBKD, block_table_SW, chosen, queries)
         if tile is None and number == 1:
-            deep = deeper(chosen, q_THD.element_size(), shared_bytes_of(q_THD.device))
-            if deep is not None:
-                deep_needs = _needs(q_THD, k_cache_NBKD, block_table_SW, deep, queries)
-                if gains_by_depth(*needs, deep_needs[2]):
-                    chosen, needs = deep, deep_needs
+            deep = choose_tile(*sizes, paged=True, deep=True)
+            deep_needs = _needs(q_THD, k_cache_NBKD, block_table_SW, deep, queries)
+            if gains_by_depth(*needs, deep_needs[2]):
+                chosen, needs = deep, deep_needs
         splits = num_splits or choose_num_splits(*needs)
         if in_gluon and queries == "many" and splits == 1:
             launch_gluon(

@@ -54,13 +54,15 @@ def choose_tile(
     itemsize: int,
     shared_bytes: int = LEAST_SHARED_BYTES,
     paged: bool = False,
+    deep: bool = False,
 ) -> Tile:
     """Tile for sequences of about `queries` queries each; a tensor core needs 16 rows at least.
 
     A tile of few rows waits for memory, not for its masks, so that it masks all. `paged` keys come
     in two dependent loads (table, then cache): Triton's pipeliner then holds (num_stages - 1) // 2
     tiles in flight, seen in TTGIR, where it holds num_stages tiles of keys at known addresses. With
-    64 KiB (AMD, whose pipeliner counts otherwise) num_stages stays what surely fits.
+    64 KiB (AMD, whose pipeliner counts otherwise) num_stages stays what surely fits. `deep` paged
+    tiles of few rows hold three tiles in flight where three fit and Triton counts so.
 
     With heads of 128, two programs should share a multiprocessor: one waits while the other
     computes. Those of 128 rows read keys half as often as those of 64, and fit twice into 128
@@ -95,9 +97,10 @@ def choose_tile(
     # Two tiles in flight let three decode programs of head dim 128 share a multiprocessor, and two
     # of 64 rows; one lets two of 128 rows.
     rows_of_two = 64 if heads_of_128 else 32
-    most_buffers = 1 if few_registers else 2 if paged and block_m <= rows_of_two else 3
-    buffers = min(max(spare_bytes, 0) // (2 * block_n * row_bytes), most_buffers)
     counts_pairs = paged and shared_bytes > 64 * 1024
+    holds_two = paged and block_m <= rows_of_two and not (deep and counts_pairs)
+    most_buffers = 1 if few_registers else 2 if holds_two else 3
+    buffers = min(max(spare_bytes, 0) // (2 * block_n * row_bytes), most_buffers)
     num_stages = 2 * buffers + 1 if counts_pairs else max(buffers, 1)
     num_warps = 8 if block_m * block_d >= (32 if exact else 128) * 128 else 4
     return Tile(

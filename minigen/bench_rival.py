@@ -13,7 +13,7 @@ from minigen import workloads
 from minigen.bench_workloads import NANO_TEMPERATURE
 from minigen.measure import synchronize
 from minigen.report import bar
-from minigen.start import free_unheld
+from minigen.start import free_engines
 from minigen.weights.hub import resolve_model
 from minigen.workloads import Request
 
@@ -32,10 +32,7 @@ def run_rival(
             "--rival transformers is not installed: pip install transformers"
         ) from None
 
-    torch.compiler.reset()  # what is compiled holds on to minigen's weights and cache
-    free_unheld()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    free_engines(device)
     transformers.logging.set_verbosity_error()
     if config is None:
         model: Any = transformers.AutoModelForCausalLM.from_pretrained(

@@ -65,16 +65,22 @@ def resume_collection() -> None:
         gc.enable()
 
 
-def free_unheld() -> None:
-    """Collects garbage, also among what a start has left out of collections.
+def free_engines(device: torch.device) -> None:
+    """Takes back the memory of engines that nobody holds any more.
 
-    An engine that nobody holds any more is such garbage: what it is made of holds each other.
+    What is compiled holds on to their weights and caches, and what they are made of holds each
+    other: garbage, also among what a start has left out of collections.
     """
+    import torch
+
+    torch.compiler.reset()
     is_frozen = gc.get_freeze_count() > 0
     gc.unfreeze()
     gc.collect()
     if is_frozen:
         gc.freeze()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 @contextlib.contextmanager

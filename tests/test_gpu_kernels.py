@@ -28,7 +28,6 @@ from minigen.kernels.kv_cache_write import kv_cache_write_triton
 from minigen.kernels.paged_attention import (
     choose_num_splits,
     choose_whole_tiles,
-    deeper,
     gains_by_depth,
     paged_attention_triton,
     reckon_steps,
@@ -843,11 +842,10 @@ def test_a_third_tile_fits_or_is_not_asked_for(head_dim: int, group: int, narrow
     shared_bytes = (64 if narrow else 99) * 1024
     for itemsize in (2, 4):
         tile = choose_tile(1, group, head_dim, itemsize, shared_bytes, paged=True)
-        deep = deeper(tile, itemsize, shared_bytes)
+        deep = choose_tile(1, group, head_dim, itemsize, shared_bytes, paged=True, deep=True)
         keys = 3 * 2 * tile.block_n * tile.block_d * itemsize
         fits = keys + tile.block_m * tile.block_d * itemsize + 8 * 1024 <= shared_bytes
-        assert (deep is not None) == (fits and tile.num_stages == 5)
-        assert deep is None or deep == tile._replace(num_stages=7)
+        assert deep == tile._replace(num_stages=7 if fits and not narrow else tile.num_stages)
 
 
 def test_a_short_sequence_is_whole_where_the_table_is_wide() -> None:

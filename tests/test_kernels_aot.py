@@ -28,7 +28,6 @@ from minigen.kernels.few_rows_linear import choose_linear_tile, few_rows_linear_
 from minigen.kernels.gluon_import import KNOWN_GLUON
 from minigen.kernels.kv_cache_write import kv_cache_write_kernel
 from minigen.kernels.paged_attention import (
-    deeper,
     merge_splits_kernel,
     paged_attention_kernel,
 )
@@ -324,8 +323,8 @@ def test_no_tile_spills_on_hopper(group: int) -> None:
         # With 128 registers it keeps 20, and the tile was the fastest all the same.
         assert (compiled.stack_bytes or 0) <= (80 if tile.max_registers else few_bytes)
         assert programs_at_once(compiled) >= (3 if queries == 1 else 2)
-        deep = deeper(tile, 2, shared_bytes)
-        if queries == 1 and deep is not None:
+        deep = choose_tile(queries, group, 128, 2, shared_bytes, paged=True, deep=True)
+        if queries == 1 and deep != tile:
             constants |= {"num_stages": deep.num_stages}
             compiled = check(paged_attention_kernel, "sm_90", constants, "bf16", True)
             assert programs_at_once(compiled) == 2

@@ -90,16 +90,18 @@ print(gc.isenabled(), gc.get_freeze_count() > 1000)
 def test_an_engine_that_nobody_holds_is_freed_although_a_start_made_it() -> None:
     code = """
 import gc, weakref
+import torch
 from minigen import LLM, start
 start.pause_collection()
 llm = LLM(compile="eager", device="cpu", progress=False)
 start.resume_collection()
 cache = weakref.ref(llm.engine.runner.caches[0][0])
 del llm
-start.free_unheld()
+cpu = torch.device("cpu")
+start.free_engines(cpu)
 print(cache(), gc.get_freeze_count() > 1000)
 gc.unfreeze()
-start.free_unheld()
+start.free_engines(cpu)
 print(gc.get_freeze_count())
 """
     assert python(code) == "None True\n0"

@@ -6,11 +6,12 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import cache
 from os.path import commonprefix
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -140,39 +141,42 @@ def streamed(
 # Incremental decoding
 
 
-@pytest.mark.parametrize("name", [*BUILT, *REAL])
-@settings(max_examples=60, deadline=None)
-@given(data=st.data(), skip=st.booleans())
+def on_every_tokenizer(test: Callable[..., None]) -> Any:
+    """Runs `test(name, load, data, skip)` for each, with hidden control tokens and shown ones."""
+    given_data = given(data=st.data(), skip=st.booleans())(test)
+    test = settings(max_examples=60, deadline=None)(given_data)
+    return pytest.mark.parametrize("name", [*BUILT, *REAL])(test)
+
+
+def token_ids(tokenizer: Tokenizer) -> st.SearchStrategy[int]:
+    """Small ids hold bytes, of which characters are left unfinished, and control tokens: the places
+    where decoders differ."""
+    return st.integers(-1, tokenizer.vocab_size + 2) | st.integers(0, 260)
+
+
+@on_every_tokenizer
 def test_pieces_join_to_the_whole(name, load, data, skip):
     tokenizer = load(name)
-    # Small ids hold bytes and control tokens, the places where decoders differ.
-    token_ids = st.integers(-1, tokenizer.vocab_size + 2) | st.integers(0, 260)
     tail = st.integers(tokenizer.vocab_size - 10, tokenizer.vocab_size)
-    ids = data.draw(st.lists(token_ids | tail, max_size=40))
+    ids = data.draw(st.lists(token_ids(tokenizer) | tail, max_size=40))
     assert "".join(streamed(tokenizer, ids, skip)) == tokenizer.decode(ids, skip)
 
 
-@pytest.mark.parametrize("name", [*BUILT, *REAL])
-@settings(max_examples=60, deadline=None)
-@given(data=st.data(), skip=st.booleans())
+@on_every_tokenizer
 def test_pieces_join_to_what_they_add_to_a_prompt(name, load, data, skip):
     tokenizer = load(name)
-    token_ids = st.integers(-1, tokenizer.vocab_size + 2) | st.integers(0, 260)
-    prompt, ids = (data.draw(st.lists(token_ids, max_size=30)) for _ in range(2))
+    prompt, ids = (data.draw(st.lists(token_ids(tokenizer), max_size=30)) for _ in range(2))
     before, whole = tokenizer.decode(prompt, skip), tokenizer.decode(prompt + ids, skip)
     # Where the prompt ends in half a character, the two differ from there on.
     added = whole[len(commonprefix([before, whole])) :]  # noqa: RUF071
     assert "".join(streamed(tokenizer, ids, skip, prompt)) == added
 
 
-@pytest.mark.parametrize("name", [*BUILT, *REAL])
-@settings(max_examples=60, deadline=None)
-@given(data=st.data(), skip=st.booleans())
+@on_every_tokenizer
 def test_many_tokens_give_what_they_give_one_by_one(name, load, data, skip):
     tokenizer = load(name)
-    # Bytes, of which characters are left unfinished, control tokens, and whatever else there is.
-    token_ids = st.integers(-1, tokenizer.vocab_size + 2) | st.integers(0, 260)
-    prompt, *parts = data.draw(st.lists(st.lists(token_ids, max_size=20), min_size=1, max_size=4))
+    texts = st.lists(st.lists(token_ids(tokenizer), max_size=20), min_size=1, max_size=4)
+    prompt, *parts = data.draw(texts)
     one, many = (tokenizer.stream(skip, prompt) for _ in range(2))
     for part in parts:
         assert many.push_all(part) == "".join([one.push(i) for i in part])

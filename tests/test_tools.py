@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import gc
 import importlib
 import importlib.util
 import itertools
@@ -11,6 +12,7 @@ import math
 import random
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,7 +26,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minigen import LLM, SamplingParams, measure, workloads
+from minigen import LLM, SamplingParams, bench_rival, cli, measure, workloads
 from minigen.__main__ import main
 from minigen.bench_options import read_goodput
 from minigen.kernels import native
@@ -32,6 +34,7 @@ from minigen.measure import Cost, StepMeter, percentile, percentiles
 from minigen.model import Decoder, DecoderConfig, jagged
 from minigen.report import number, table
 from minigen.shapes import SHAPES
+from minigen.start import pause_collection
 from tests.command_line import ROOT, environment, refuse_in_one_line, run_minigen, run_tool
 from tools import compare_batching, compare_compile_modes, padded, scale
 from tools.batching_ways import WAYS, Padded, Way, groups_of, padding_share
@@ -392,8 +395,28 @@ def test_bench_host_as_a_command() -> None:
 def test_bench_nano_beside_transformers(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     short = [workloads.Request([1] * n, n) for n in (3, 9)]
     monkeypatch.setattr(workloads, "nano", lambda count, vocab_size: short[:count])
-    arguments = ["bench", "nano", *SMALL, "--num-prompts", "2", "--rival", "transformers"]
-    assert main([*arguments, "--num-cache-blocks", "64"]) == 0
+    caches, made = [], []
+
+    def load(*args: Any, **options: Any) -> LLM:
+        llm = cli_load(*args, **options)
+        caches.append(weakref.ref(llm.engine.runner.caches[0][0]))
+        return llm
+
+    class Padded(bench_rival._Padded):
+        def __init__(self, *args: Any) -> None:
+            made.append(caches[0]())
+            super().__init__(*args)
+
+    cli_load = cli.load_llm
+    monkeypatch.setattr(cli, "load_llm", load)
+    monkeypatch.setattr(bench_rival, "_Padded", Padded)
+    pause_collection()  # so that loading leaves what it makes out of collections
+    try:
+        arguments = ["bench", "nano", *SMALL, "--num-prompts", "2", "--rival", "transformers"]
+        assert main([*arguments, "--num-cache-blocks", "64"]) == 0
+    finally:
+        gc.unfreeze()
+    assert made == [None]  # the rival has the memory to itself
     document = last_line(capsys.readouterr().out)
     [row] = document["rows"]
     assert (row["requests"], row["prompt_tokens"], row["output_tokens"]) == (2, 12, 12)

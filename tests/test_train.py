@@ -367,9 +367,10 @@ def test_no_process_is_started_for_a_run_that_cannot_be(
     monkeypatch.setattr("os.execv", lambda *_: pytest.fail("torchrun was started"))
     good = train_args(inputs, tmp_path / "run", "--steps", 2, "--nproc-per-node", 2)
 
-    def said(*args: str) -> str:
+    def said(*args: str, num_read: int = 0) -> str:
         assert main([*args]) == 2
         *before, sentence = capsys.readouterr().err.splitlines()
+        assert len(before) == num_read
         assert all(line.startswith("reading ") for line in before)
         return sentence
 
@@ -390,10 +391,10 @@ def test_no_process_is_started_for_a_run_that_cannot_be(
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"text": "one"}\n')
     little = change(change(good, "--data"), "--data", "--data", bad)
-    said_of_it = said(*change(little, "--steps", "--epochs", 1))
+    said_of_it = said(*change(little, "--steps", "--epochs", 1), num_read=1)
     assert "too little for one step of 2 processes" in said_of_it
     bad.write_text('{"text": "one"}\n{"text": 2}\n')
-    sentence = said(*change(good, "--data", "--data", bad))
+    sentence = said(*change(good, "--data", "--data", bad), num_read=1)
     assert 'bad.jsonl:2: "text" must be a text, not int' in sentence
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

@@ -13,8 +13,6 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from minigen import LLM
 from minigen.bench_options import model_dtype
 from minigen.cli import load_llm, positive
@@ -33,7 +31,7 @@ from minigen.measure import (
 from minigen.outputs import RequestOutput
 from minigen.report import bar, print_document, table
 from minigen.sampling_params import SamplingParams
-from minigen.start import free_unheld
+from minigen.start import free_engines, pause_collection
 from tools.common import Plot, model_config, parser, run, tokens_of
 
 CPU_BATCHES, GPU_BATCHES = (1, 2, 4, 8, 16, 32), (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -245,7 +243,7 @@ def main(args: argparse.Namespace) -> None:
                 flush=True,
             )
         del llm
-        _free(device)
+        free_engines(device)
         small = _load(args, config, max_num_seqs=RUNNING, num_cache_blocks=256)
         measure_queue(small, 0, 8, args.seed)
         queues = []
@@ -276,18 +274,11 @@ def main(args: argparse.Namespace) -> None:
     )
 
 
-def _free(device: torch.device) -> None:
-    """Takes back the memory of an engine that nobody holds any more."""
-    torch.compiler.reset()  # what is compiled holds on to its weights and cache
-    free_unheld()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
 def _load(args: argparse.Namespace, config: dict[str, Any] | None, **options: Any) -> LLM:
     options = {"num_cache_blocks": args.num_cache_blocks} | options
     seqs = options["max_num_seqs"]
-    llm = load_llm(
+    pause_collection()  # until it is loaded, as in the commands that serve
+    return load_llm(
         args,
         config=config,
         max_num_batched_tokens=max(2048, 4 * seqs),  # so that prompts come in beside the decodes
@@ -295,9 +286,6 @@ def _load(args: argparse.Namespace, config: dict[str, Any] | None, **options: An
         seed=args.seed,
         **options,
     )
-    gc.collect()
-    gc.freeze()  # as the commands that serve: collections leave out what a start has made
-    return llm
 
 
 def _print(
