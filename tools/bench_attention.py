@@ -742,7 +742,7 @@ def list_candidates(sections: list[str]) -> None:
                     )
                     documents.append(
                         {"section": section, "heads": str(heads), "candidate": name}
-                        | {k: v for k, v in made._asdict().items() if k != "ttgir"}
+                        | {k: v for k, v in made._asdict().items() if k not in ("ttgir", "ptx")}
                     )
     print(json.dumps({"target": "sm_90", "candidates": documents}))
 
