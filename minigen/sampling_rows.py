@@ -147,7 +147,7 @@ class RowBatch:
         top_k = np.where(top_k > 0, np.minimum(top_k, vocab_size), vocab_size)
         self._ints_3R = np.stack([top_k, numbers["seed"], numbers["sample"]])
         self._floats_3R = np.stack([numbers[name] for name in ("temperature", "top_p", "min_p")])
-        self.mode = _mode(numbers["temperature"], top_k, numbers["top_p"], vocab_size)
+        self.mode: Mode = _mode(numbers["temperature"], top_k, numbers["top_p"], vocab_size)
         self.may_mask = bool(numbers["may_mask"].any())
         self._always_edits = bool(numbers["needs_edits"].any())
         most = int(numbers["num_logprobs"].max(initial=-1))

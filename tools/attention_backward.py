@@ -64,15 +64,20 @@ def backward_candidates(group: int, head_dim: int) -> list[BackwardCandidate]:
         queries = [
             BackwardTile(128, 64, 8, 2),
             BackwardTile(128, 128, 8, 2),
-            BackwardTile(128, 32, 8, 3, 128),  # two programs a multiprocessor, as all of 4 warps
+            # Two programs a multiprocessor, as all of 4 warps.
+            *(BackwardTile(128, 32, 8, stages, 128) for stages in (2, 3, 4)),
             BackwardTile(256, 32, 16, 2),
             BackwardTile(64, 64, 4, 2),
+            *(BackwardTile(64, 32, 4, stages) for stages in (2, 3, 4)),
         ]
         keys = [
             BackwardTile(64, 128, 8, 2),
             BackwardTile(64, 128, 8, 3),
             BackwardTile(32, 128, 8, 3),
             BackwardTile(32, 64, 4, 4),
+            BackwardTile(32, 64, 4, 3),
+            BackwardTile(32, 64, 4, 2, 168),  # three programs a multiprocessor
+            BackwardTile(64, 32, 4, 3),
         ]
     tried = [
         pair,
