@@ -215,7 +215,7 @@ def varlen_attention_backward_triton(
             and all(x.stride(1) > 0 for x in (q_THD, dout_THD))
         )
     if tiles is None and tensor_descriptors:
-        tiles = choose_backward_descriptor_tiles(head_dim)
+        tiles = choose_backward_descriptor_tiles(head_dim, num_keys // num_seqs)
     elif tiles is None:
         tiles = choose_backward_tiles(
             -(-num_tokens // num_seqs) * group,

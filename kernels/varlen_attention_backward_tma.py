@@ -45,16 +45,25 @@ def prefers_backward_descriptors(queries: int, head_dim: int, capability: tuple[
     return has_bulk_copies(capability) and 64 <= head_dim <= 128 and queries >= 64
 
 
-def choose_backward_descriptor_tiles(head_dim: int) -> BackwardTiles:
-    """No tile of these spills on sm_90 (Triton 3.6 and 3.7), and none serialises its products.
+def choose_backward_descriptor_tiles(head_dim: int, keys: int) -> BackwardTiles:
+    """For sequences of about `keys` keys each. No tile of these spills on sm_90 (Triton 3.6 and
+    3.7), and none serialises its products.
 
     Two programs of 64 keys in 4 warps share a multiprocessor, so that one's exponents are computed
     while the other multiplies: 251, 354 and 421 where one of 128 keys in 8 warps gives 221, 341 and
     395 (rows as above). For queries that would read keys from the L2 twice as often for three
-    products, where keys read queries for four. Heads of 64 were not timed.
+    products, where keys read queries for four; tiles of 128 queries by 32 keys share one, too, in
+    128 registers a thread, and gain where sequences are short (TFLOP/s, 32 and 32/8 heads):
+
+                        16 x 1024   64 of mean 298    4 x 4096   1 x 16384
+        128 x 64        252   275        209   232   383   375   437   421
+        128 x 32        270   295        226   251   369   372   415   404
+
+    Other heads were not timed. (Those of 80 spill in 128 registers.)
     """
-    stages = 3 if head_dim <= 64 else 2
-    return BackwardTiles(BackwardTile(128, 64, 8, 3), BackwardTile(64, 64, 4, stages))
+    is_short = head_dim == 128 and keys <= 2048
+    queries = BackwardTile(128, 32, 8, 3, 128) if is_short else BackwardTile(128, 64, 8, 3)
+    return BackwardTiles(queries, BackwardTile(64, 64, 4, 3 if head_dim <= 64 else 2))
 
 
 @triton.jit

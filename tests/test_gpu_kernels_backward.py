@@ -21,6 +21,7 @@ from minigen.kernels.varlen_attention_backward import (
     varlen_attention_backward,
     varlen_attention_backward_triton,
 )
+from minigen.kernels.varlen_attention_backward_tma import choose_backward_descriptor_tiles
 from tests.attention_cases import Case, assert_within, cases, cu_seqlens, make_qkv
 from tests.gradient_cases import make_upstream, rounding
 
@@ -42,20 +43,12 @@ pytestmark = [
 
 
 # The kernels with descriptors run in the interpreter, too, where nothing chooses them.
+NEEDS_DESCRIPTORS = pytest.mark.skipif(
+    not INTERPRETED and torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0),
+    reason="needs a GPU with bulk copies",
+)
 BOTH_WAYS = pytest.mark.parametrize(
-    "descriptors",
-    [
-        False,
-        pytest.param(
-            True,
-            marks=pytest.mark.skipif(
-                not INTERPRETED
-                and torch.cuda.is_available()
-                and torch.cuda.get_device_capability() < (9, 0),
-                reason="needs a GPU with bulk copies",
-            ),
-        ),
-    ],
+    "descriptors", [False, pytest.param(True, marks=NEEDS_DESCRIPTORS)]
 )
 
 
@@ -207,6 +200,17 @@ def test_small_tiles_equal_float64(
     tiles = BackwardTiles(BackwardTile(32, 16, 4, 2), BackwardTile(16, 16, 4, 2))
     case = dataclasses.replace(TILED, window_size=window, causal=causal, softcap=3.0)
     assert_equal_to_float64(case, tiles, descriptors)
+
+
+@pytest.mark.parametrize("keys", [300, 5000])
+@NEEDS_DESCRIPTORS
+def test_tiles_of_short_and_of_long_sequences_equal_float64(keys: int) -> None:
+    """What is chosen for heads of 128, across its borders."""
+    lens = (33, 1, 0, 65) if INTERPRETED else (129, 1, 0, 127, 300, 128, 64, 31)
+    case = dataclasses.replace(
+        CASE, q_lens=lens, kv_lens=lens, num_heads=2, num_kv_heads=1, head_dim=128
+    )
+    assert_equal_to_float64(case, choose_backward_descriptor_tiles(128, keys), True)
 
 
 @BOTH_WAYS

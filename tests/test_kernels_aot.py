@@ -405,21 +405,23 @@ def test_varlen_attention_backward(
 
 
 @pytest.mark.parametrize(
-    ("target_name", "head_dim", "group", "softcap"),
+    ("target_name", "head_dim", "group", "softcap", "keys"),
     [
-        ("sm_90", 64, 4, 0.0),
-        ("sm_90", 80, 3, 0.0),
-        ("sm_90", 128, 1, 0.0),
-        ("sm_90", 128, 4, 50.0),
-        ("sm_100", 128, 1, 0.0),
+        ("sm_90", 64, 4, 0.0, 300),
+        ("sm_90", 80, 3, 0.0, 300),
+        ("sm_90", 128, 1, 0.0, 2048),
+        ("sm_90", 128, 1, 0.0, 4096),
+        ("sm_90", 128, 4, 50.0, 300),
+        ("sm_90", 128, 4, 50.0, 4096),
+        ("sm_100", 128, 1, 0.0, 4096),
     ],
 )
 def test_varlen_attention_backward_with_descriptors(
-    target_name: str, head_dim: int, group: int, softcap: float
+    target_name: str, head_dim: int, group: int, softcap: float, keys: int
 ) -> None:
     for kernel, tile in zip(
         (query_gradient_tma_kernel, key_gradients_tma_kernel),
-        choose_backward_descriptor_tiles(head_dim),
+        choose_backward_descriptor_tiles(head_dim, keys),
         strict=True,
     ):
         constants = {

@@ -88,7 +88,9 @@ def test_a_step_ends_with_the_budget(module, tmp_path, monkeypatch) -> None:
 def test_a_step_ends_with_a_report_that_is_ended(number, module, tmp_path) -> None:
     child = tmp_path / "child"
     step = f"report.Step('a', {(module, 'hang', str(child))!r}, 60)"
+    # Tests that run under nohup hand down that SIGHUP is ignored.
     script = (
+        f"import signal\nsignal.signal({int(number)}, signal.SIG_DFL)\n"
         f"from tools import report\nreport.steps = lambda *_: [{step}]\n"
         f"report.main(report.parser().parse_args(['--output', {str(tmp_path)!r}]))"
     )

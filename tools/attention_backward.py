@@ -56,7 +56,7 @@ def backward_candidates(group: int, head_dim: int) -> list[BackwardCandidate]:
     Chosen by registers, stack, shared memory and serialised products of sm_90 (`--list`).
     """
     plain = choose_backward_tiles(1024 * group, 1024, head_dim, 2, HOPPER_SHARED_BYTES)
-    pair = choose_backward_descriptor_tiles(head_dim)
+    pair = choose_backward_descriptor_tiles(head_dim, 4096)
     if head_dim == 64:
         queries = [BackwardTile(128, 64, 4, 2), BackwardTile(128, 128, 8, 2)]
         keys = [BackwardTile(64, 128, 8, 2), BackwardTile(64, 128, 8, 3)]
@@ -64,20 +64,15 @@ def backward_candidates(group: int, head_dim: int) -> list[BackwardCandidate]:
         queries = [
             BackwardTile(128, 64, 8, 2),
             BackwardTile(128, 128, 8, 2),
-            # Two programs a multiprocessor, as all of 4 warps.
-            *(BackwardTile(128, 32, 8, stages, 128) for stages in (2, 3, 4)),
+            BackwardTile(128, 32, 8, 3, 128),  # two programs a multiprocessor, as all of 4 warps
             BackwardTile(256, 32, 16, 2),
             BackwardTile(64, 64, 4, 2),
-            *(BackwardTile(64, 32, 4, stages) for stages in (2, 3, 4)),
         ]
         keys = [
             BackwardTile(64, 128, 8, 2),
             BackwardTile(64, 128, 8, 3),
             BackwardTile(32, 128, 8, 3),
             BackwardTile(32, 64, 4, 4),
-            BackwardTile(32, 64, 4, 3),
-            BackwardTile(32, 64, 4, 2, 168),  # three programs a multiprocessor
-            BackwardTile(64, 32, 4, 3),
         ]
     tried = [
         pair,
