@@ -121,19 +121,18 @@ by_target_and_shape = on_targets(
 )
 
 
-@pytest.fixture(autouse=True)
-def no_line_info(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The instructions are the same, and LLVM and ptxas take a fifth less time."""
-    monkeypatch.setenv("TRITON_DISABLE_LINE_INFO", "1")
-
-
 def check(
     kernel: Any, target_name: str, constants: dict[str, Any], floats: str, aligned: bool = False
 ) -> Compiled:
     """`aligned`: strides are multiples of 16, as they are unless a head dim is odd."""
     target, shared_bytes = TARGETS[target_name]
     strides = [name for name in kernel.arg_names if aligned and name.endswith(("_t", "_h"))]
-    compiled = compile_ahead(kernel, constants, floats, target, strides)
+    with pytest.MonkeyPatch.context() as environment:
+        # A fifth of LLVM's and ptxas's time. Registers may differ by it (few_rows_linear's do), and
+        # are counted on sm_90 only.
+        if target_name != "sm_90":
+            environment.setenv("TRITON_DISABLE_LINE_INFO", "1")
+        compiled = compile_ahead(kernel, constants, floats, target, strides)
     assert compiled.shared_bytes <= shared_bytes
     return compiled
 
