@@ -732,17 +732,19 @@ def list_candidates(sections: list[str]) -> None:
                         strides = [name for name in kernel.arg_names if name.endswith(("_t", "_h"))]
                         made = compile_ahead(kernel, constants, "bf16", aligned=strides)
                     name = f"{candidate}{part and ': '}{part}"
+                    serialised = made.serialised
                     print(
                         f"{section:9}{heads!s:11}{name:48}{made.registers or '-':>10}"
                         f"{'-' if made.stack_bytes is None else made.stack_bytes:>7}"
                         f"{made.shared_bytes:>9}  {made.num_warps}"
                         + (" specialised" if made.warp_specialized else "")
-                        + (" serialised" if made.serialised else ""),
+                        + (" serialised" if serialised else ""),
                         flush=True,
                     )
                     documents.append(
                         {"section": section, "heads": str(heads), "candidate": name}
                         | {k: v for k, v in made._asdict().items() if k not in ("ttgir", "ptx")}
+                        | {"serialised": serialised}
                     )
     print(json.dumps({"target": "sm_90", "candidates": documents}))
 

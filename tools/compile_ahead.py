@@ -23,8 +23,7 @@ FLOAT32_POINTERS = (
 class Compiled(NamedTuple):
     """Registers a thread, bytes of stack a thread (spills) and of shared memory a program.
 
-    Registers and stack are None where Triton brings no `cuobjdump` for the target. `serialised`:
-    ptxas lets no Hopper product run beside another instruction (C7510, C7515 and others).
+    Registers and stack are None where Triton brings no `cuobjdump` for the target.
     """
 
     registers: int | None
@@ -32,9 +31,14 @@ class Compiled(NamedTuple):
     shared_bytes: int
     num_warps: int
     warp_specialized: bool
-    serialised: bool
     ttgir: str
     ptx: str
+
+    @property
+    def serialised(self) -> bool:
+        """Whether ptxas lets no Hopper product run beside another instruction (C7510, C7515 and
+        others). Triton keeps that to itself: ptxas runs a second time, only where one asks."""
+        return _is_serialised(self.ptx)
 
 
 def compile_ahead(
@@ -150,14 +154,12 @@ def _compiled(source: ASTSource, target: GPUTarget, options: dict[str, Any]) -> 
         compiled.metadata.shared,
         compiled.metadata.num_warps,
         "ttg.warp_specialize" in compiled.asm["ttgir"],
-        target.arch == 90 and _is_serialised(compiled.asm["ptx"]),
         compiled.asm["ttgir"],
         compiled.asm.get("ptx", ""),
     )
 
 
 def _is_serialised(ptx: str) -> bool:
-    """Whether ptxas says so; Triton keeps that to itself."""
     if "wgmma.mma_async" not in ptx:
         return False
     ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
