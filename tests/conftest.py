@@ -1,5 +1,6 @@
 """What every test run shares: Hypothesis profiles, the GPU's absence, the shared material."""
 
+import importlib.util
 import os
 import sys
 from collections.abc import Iterator
@@ -59,6 +60,14 @@ def few_threads() -> None:
     import torch
 
     torch.set_num_threads(min(torch.get_num_threads(), MOST_THREADS))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_interpreter() -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+        from tests.interpreted import leave_out_what_tells_nothing
+
+        leave_out_what_tells_nothing()
 
 
 @pytest.fixture(autouse=True)
