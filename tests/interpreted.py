@@ -27,8 +27,9 @@ DTYPES = (
 MOST_ROWS = 136
 
 
-def smaller(num_seqs: int, num_kv_heads: int, most_rows: int = MOST_ROWS) -> Callable[[Case], Case]:
-    """Maps a case to one of so many sequences, key/value heads and rows at most; a GPU's to itself.
+def smaller(num_seqs: int, num_kv_heads: int) -> Callable[[Case], Case]:
+    """Maps a case to one of so many sequences and key/value heads and `MOST_ROWS` rows at most; a
+    GPU's to itself.
 
     Rows are the queries of a sequence times the heads of a group. A sequence that has as many keys
     as queries keeps as many as it keeps queries.
@@ -40,7 +41,7 @@ def smaller(num_seqs: int, num_kv_heads: int, most_rows: int = MOST_ROWS) -> Cal
         group = case.num_heads // case.num_kv_heads
         heads = min(case.num_kv_heads, num_kv_heads)
         pairs = list(zip(case.q_lens, case.kv_lens, strict=True))[:num_seqs]
-        q_lens = tuple(min(q_len, most_rows // group) for q_len, _ in pairs)
+        q_lens = tuple(min(q_len, MOST_ROWS // group) for q_len, _ in pairs)
         kv_lens = tuple(
             least if kv_len == q_len else kv_len
             for least, (q_len, kv_len) in zip(q_lens, pairs, strict=True)
