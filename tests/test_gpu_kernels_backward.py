@@ -181,7 +181,7 @@ CASE = Case(
 )
 # What is about tiles and sequences needs no second key/value head in the interpreter;
 # `test_gradients_equal_float64` draws two.
-TILED = smaller(len(CASE.q_lens), 1, 3 * max(CASE.q_lens))(CASE)
+TILED = smaller(len(CASE.q_lens), 1)(CASE)
 
 
 @pytest.mark.parametrize("window", [(-1, -1), (20, -1), (25, 30)])
