@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -96,13 +96,18 @@ class _Padded:
         return time.perf_counter() - start
 
 
-def _rival_decode(generate: _Padded, requests: Sequence[Request]) -> dict[str, float]:
-    """The time of one new token is taken off the time of all: what is left is decoding."""
+def _rival_decode(
+    generate: Callable[[Sequence[Request], float], float], requests: Sequence[Request]
+) -> dict[str, float | None]:
+    """The time of one new token is taken off the time of all: what is left is decoding.
+
+    None where nothing is left: the two runs differ by more than a few tokens take.
+    """
     generate([Request(r.prompt, 2) for r in requests], 0.0)
     first = generate([Request(r.prompt, 1) for r in requests], 0.0)
     whole = generate(requests, 0.0)
     tokens = sum(r.max_tokens - 1 for r in requests)
     return {
         "prefill_tokens_s": sum(len(r.prompt) for r in requests) / first,
-        "decode_tokens_s": tokens / max(whole - first, 1e-9),
+        "decode_tokens_s": tokens / (whole - first) if whole > first else None,
     }

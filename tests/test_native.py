@@ -49,10 +49,19 @@ def test_a_machine_that_cannot_build_them_is_told_why(monkeypatch) -> None:
     assert not native.serves(torch.ones(1))
 
 
+# Torch's attention takes what has 128 queries or more, 128 a pass.
+PROMPTS = dataclasses.replace(
+    PLAIN, q_lens=(128, 200, 127, 129), kv_lens=(128, 330, 127, 129), dtype=torch.bfloat16
+)
+
+
 @given(cases(DTYPES))
 @example(DECODE)
 @example(dataclasses.replace(DECODE, window_size=(600, -1), dtype=torch.bfloat16))
 @example(dataclasses.replace(PLAIN, q_lens=(16, 17), kv_lens=(1025, 1025), num_heads=8))
+@example(PROMPTS)
+@example(dataclasses.replace(PROMPTS, window_size=(50, -1)))
+@example(dataclasses.replace(PROMPTS, window_size=(40, 20), causal=False))
 def test_paged_equals_definition(case: Case) -> None:
     q_THD, k_TKD, v_TKD = make_qkv(case)
     expected = attention_reference(case, q_THD, k_TKD, v_TKD)

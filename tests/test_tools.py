@@ -426,6 +426,21 @@ def test_bench_nano_beside_transformers(capsys, monkeypatch: pytest.MonkeyPatch)
     assert rival["output_tokens_s"] == pytest.approx(12 / rival["seconds"], rel=1e-4)
 
 
+@pytest.mark.parametrize(("whole", "rate"), [(3.0, 6.0), (1.0, None), (0.5, None)])
+def test_the_rivals_decoding_is_what_is_left_of_all(whole: float, rate: float | None) -> None:
+    seconds = iter([9.0, 1.0, whole])
+    requests = [workloads.Request([1] * 5, 7)] * 2
+    asked = []
+
+    def generate(batch: Sequence[workloads.Request], temperature: float) -> float:
+        asked.append([request.max_tokens for request in batch])
+        return next(seconds)
+
+    found = bench_rival._rival_decode(generate, requests)
+    assert found == {"prefill_tokens_s": 10.0, "decode_tokens_s": rate}
+    assert asked == [[2, 2], [1, 1], [7, 7]]  # the first one warms up
+
+
 def test_bench_trace(tmp_path: Path, capsys) -> None:
     path = trace_file(tmp_path / "t.csv", "10,8,4", "10.5,17,1", "11,4,3", "12,9000,4")
     arguments = ["bench", "trace", *SMALL, "--dataset-path", str(path), "--rate", "2"]
