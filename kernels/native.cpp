@@ -3,7 +3,7 @@
 //
 // Shapes: T packed tokens, E inputs and F outputs of a linear layer, S sequences, H query heads,
 // K key/value heads, X = H + 2K, G = H / K, D head dim, R half of what is rotated of it, N cache
-// blocks, B tokens a block, W blocks a sequence.
+// blocks, B tokens a block, W blocks a sequence; of one sequence L keys and, in a pass, Q queries.
 // A tile has R rows (queries of one sequence times the G heads that share keys) and KEYS keys.
 
 #include <ATen/Parallel.h>
