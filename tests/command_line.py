@@ -12,6 +12,8 @@ import pytest
 from tools.common import run
 
 ROOT = Path(__file__).resolve().parent.parent
+# Of Hypothesis: `ci` is small and the same at every run, `deep` looks for new examples.
+PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "ci")
 SHARED = Path(os.environ.get("MINIGEN_SHARED", ROOT.parent / "shared"))
 STORIES = SHARED / "models" / "stories260K"
 

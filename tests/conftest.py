@@ -9,7 +9,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from tests.command_line import ROOT, SHARED
+from tests.command_line import PROFILE, ROOT, SHARED
 
 # The same examples at every run; `deep` looks for new ones.
 hypothesis.settings.register_profile(
@@ -21,7 +21,7 @@ MOST_THREADS = 8
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+    hypothesis.settings.load_profile(PROFILE)
 
 
 def no_gpu() -> str:

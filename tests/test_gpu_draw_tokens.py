@@ -3,7 +3,6 @@
 The oracle is `minigen.sampling.draw` on the CPU, float64 all through. Shapes: R rows, V vocabulary.
 """
 
-import os
 from typing import NamedTuple
 from unittest import mock
 
@@ -19,9 +18,8 @@ from minigen.kernels import draw_tokens as kernels
 from minigen.kernels.draw_tokens import score_bounds, upper_scores
 from minigen.kernels.triton_import import tl, triton
 from minigen.sampling import draw
+from tests.interpreted import DEVICE, INTERPRETED
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 
 

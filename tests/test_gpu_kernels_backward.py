@@ -4,7 +4,6 @@ What it is held against is the CPU implementation in float64, which passes gradc
 """
 
 import dataclasses
-import os
 
 import pytest
 import torch
@@ -23,6 +22,7 @@ from minigen.kernels.varlen_attention_backward import (
 )
 from minigen.kernels.varlen_attention_backward_tma import choose_backward_descriptor_tiles
 from tests.attention_cases import Case, assert_within, cases, cu_seqlens, make_qkv
+from tests.command_line import PROFILE
 from tests.gradient_cases import make_upstream, rounding
 from tests.interpreted import DEVICE, DTYPES, INTERPRETED, smaller
 
@@ -133,7 +133,7 @@ def assert_equal_to_float64(
 # A GPU run compiles three kernels, two seconds each, for each combination of these: twenty drawn at
 # random took 78 s on an H100. So the `ci` profile draws lengths, sides of windows and contents for
 # eight, which hold each head dim, dtype, group and mask; `deep` draws all, as does the interpreter.
-FEW_KERNELS = not INTERPRETED and os.environ.get("HYPOTHESIS_PROFILE", "ci") == "ci"
+FEW_KERNELS = not INTERPRETED and PROFILE == "ci"
 KERNELS = {  # head dim: dtype, group, causal, window on the (left, right), softcap
     8: (torch.float16, 8, False, (True, True), 2.0),
     16: (torch.bfloat16, 5, True, (False, False), 0.0),

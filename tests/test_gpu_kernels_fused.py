@@ -5,7 +5,6 @@ block, R rotated part of D.
 """
 
 import dataclasses
-import os
 from collections.abc import Callable
 
 import pytest
@@ -47,16 +46,10 @@ from tests.fused_cases import (
     sum_norm_cases,
     sum_norm_reference,
 )
+from tests.interpreted import DEVICE, DTYPES, INTERPRETED
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
 # Triton's interpreter multiplies no bfloat16, which is what the tensor cores get otherwise.
 DOT_DTYPE = torch.float16 if INTERPRETED else torch.bfloat16
-DTYPES = (
-    (torch.float32, torch.float16)
-    if INTERPRETED
-    else (torch.bfloat16, torch.float16, torch.float32)
-)
 
 pytestmark = [
     pytest.mark.gpu,

@@ -7,7 +7,6 @@ out, see `pairs`; `deep` compiles all.
 """
 
 import itertools
-import os
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -70,6 +69,7 @@ from minigen.kernels.varlen_attention_tma import (
     prefers_descriptors,
     varlen_attention_tma_kernel,
 )
+from tests.command_line import PROFILE
 from tools.compile_ahead import (
     Compiled,
     compile_ahead,
@@ -90,7 +90,6 @@ TRITON_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "f
 
 # By the profile `ci`, rows of `on_targets` are compiled for these, in turn.
 TURNS = [("sm_90", "sm_80", "sm_86"), ("sm_90", "sm_100", "gfx942")]
-IS_CI = os.environ.get("HYPOTHESIS_PROFILE", "ci") == "ci"
 
 
 def pairs(values: Iterable, rows: list[tuple], turns: list[tuple]) -> list[tuple]:
@@ -98,7 +97,9 @@ def pairs(values: Iterable, rows: list[tuple], turns: list[tuple]) -> list[tuple
     `turns[1]` before row 1, and so on, from the first again when all have had their turn."""
     assert len(rows) >= len(turns)  # else some value would be left out altogether
     in_turn = zip(rows, itertools.cycle(turns), strict=False)
-    return [(value, *row) for row, turn in in_turn for value in (turn if IS_CI else values)]
+    return [
+        (value, *row) for row, turn in in_turn for value in (turn if PROFILE == "ci" else values)
+    ]
 
 
 def on_targets(names: tuple[str, ...], rows: list[tuple]) -> pytest.MarkDecorator:
@@ -474,6 +475,14 @@ def test_varlen_attention_backward_with_descriptors(
         if target_name == "sm_90" and not softcap:
             assert not compiled.stack_bytes
             assert not compiled.serialised
+
+
+def test_short_sequences_of_heads_of_128_read_fewer_keys_at_once() -> None:
+    def keys_of(head_dim: int, keys: int) -> int:
+        return choose_backward_descriptor_tiles(head_dim, keys).queries.block_n
+
+    assert (keys_of(128, 1), keys_of(128, 2048), keys_of(128, 2049)) == (32, 32, 64)
+    assert keys_of(80, 300) == keys_of(64, 300) == 64
 
 
 @by_target_and_shape
